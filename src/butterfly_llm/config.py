@@ -1,0 +1,352 @@
+"""Every setting of the project as frozen dataclasses, and the named presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Routing = Literal["shift", "xor", "xor_causal"]
+FeedForward = Literal["relu2", "swiglu"]
+
+VOCAB_SIZE = 256
+
+
+@dataclass(frozen=True)
+class ButterflyConfig:
+    """Shape of a Butterfly model. `ButterflyConfig.preset(name)` gives the named ones."""
+
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int = 4
+    """Key and value heads; must divide num_heads (grouped-query attention when fewer)."""
+    head_dim: int = 64
+    """Size of one head."""
+    intermediate_size: int = 1024
+    """Width of the feed-forward layer."""
+    feed_forward: FeedForward = "relu2"
+    """Squared ReLU, or gated SiLU."""
+    num_local_layers: int = 4
+    """Layers at the start that read the previous chunk."""
+    num_passes: int = 5
+    """Whole passes over all levels."""
+    num_levels: int = 9
+    """Levels in a pass: strides 1, 2, 4, ... 2**(num_levels-1) chunks. Independent of the input."""
+    num_extra_levels: int = 0
+    """Layers of one more, incomplete pass (13 levels in 45 layers: 3 passes and 6 extra)."""
+    num_refine_layers: int = 4
+    """Layers at the end that read the previous chunk."""
+    chunk_size: int = 128
+    """Characters in a chunk."""
+    carry_size: int = 64
+    """Width of the carry, the memory stream that rides the routing; 0 switches it off."""
+    routing: Routing = "shift"
+    """Partner rule: shift (causal), xor (bidirectional encoder), xor_causal (ablation)."""
+    rope_theta: float | None = 10000.0
+    """Base of the rotary positions inside a chunk pair; None for no rotation."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
+    vocab_size: int = VOCAB_SIZE
+    """Latin-1: one character, one token."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            whole = field.type == "int"
+            if whole and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"config: {field.name} must be a whole number, not {value!r}")
+            lowest = 0 if field.name in _MAY_BE_ZERO else 1
+            if whole and value < lowest:
+                raise ValueError(f"config: {field.name} must be at least {lowest}, not {value}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"config: num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim {self.head_dim} must be even for rotary positions")
+        if self.num_extra_levels >= self.num_levels:
+            raise ValueError(
+                f"config: num_extra_levels {self.num_extra_levels} must be below num_levels {self.num_levels}: "
+                "raise num_passes instead"
+            )
+        if self.num_levels > 24:
+            raise ValueError(f"config: num_levels {self.num_levels} is above 24 (2 billion characters)")
+        if self.num_layers == 0:
+            raise ValueError("config: the model has no layers")
+        if self.routing not in ("shift", "xor", "xor_causal"):
+            raise ValueError(f"config: routing must be shift, xor or xor_causal, not {self.routing!r}")
+        if self.feed_forward not in ("relu2", "swiglu"):
+            raise ValueError(f"config: feed_forward must be relu2 or swiglu, not {self.feed_forward!r}")
+        if self.rope_theta is not None and not (
+            isinstance(self.rope_theta, (int, float)) and self.rope_theta > 0
+        ):
+            raise ValueError(f"config: rope_theta must be positive or null, not {self.rope_theta!r}")
+        if not isinstance(self.norm_eps, (int, float)) or not self.norm_eps > 0:
+            raise ValueError(f"config: norm_eps must be positive, not {self.norm_eps!r}")
+
+    @property
+    def num_butterfly_layers(self) -> int:
+        return self.num_passes * self.num_levels + self.num_extra_levels
+
+    @property
+    def num_layers(self) -> int:
+        return self.num_local_layers + self.num_butterfly_layers + self.num_refine_layers
+
+    @property
+    def causal(self) -> bool:
+        return self.routing != "xor"
+
+    @property
+    def reach_chars(self) -> int:
+        """Characters that one pass connects: chunk_size * 2**num_levels."""
+        return self.chunk_size << self.num_levels
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> ButterflyConfig:
+        """A named config, with optional changed fields. ValueError names the presets there are."""
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name, PRESETS, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"unknown preset {name!r}{hint}: there are {', '.join(PRESETS)}")
+        return dataclasses.replace(PRESETS[name], **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ButterflyConfig:
+        """The inverse of `to_dict`; ValueError names an unknown field."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                raise ValueError(f"config: unknown field {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        return cls(**values)
+
+
+_MAY_BE_ZERO = frozenset(
+    {"num_local_layers", "num_passes", "num_extra_levels", "num_refine_layers", "carry_size"}
+)
+
+PRESETS: dict[str, ButterflyConfig] = {
+    # 53 layers, about 375M parameters and the carry
+    "full": ButterflyConfig(
+        hidden_size=768, num_heads=12, num_kv_heads=12, intermediate_size=3072, carry_size=192
+    ),
+    # 53 layers, the one that ships trained
+    "small": ButterflyConfig(),
+    # 11 layers, reaches 16k characters: minutes of training on a laptop
+    "tiny": ButterflyConfig(
+        hidden_size=128, num_heads=4, num_kv_heads=4, head_dim=32, intermediate_size=512, carry_size=32,
+        num_local_layers=2, num_passes=1, num_levels=7, num_refine_layers=2,
+    ),
+    # 8 layers on chunks of 16, for tests
+    "micro": ButterflyConfig(
+        hidden_size=64, num_heads=2, num_kv_heads=2, head_dim=32, intermediate_size=192, carry_size=16,
+        num_local_layers=1, num_passes=2, num_levels=3, num_refine_layers=1, chunk_size=16,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next character is drawn. Applied in this order: repetition, temperature, top-k, top-p."""
+
+    temperature: float = 0.8
+    """Sharpness of the draw: 1 is the model's own distribution, 0 always takes the likeliest character."""
+    top_k: int = 0
+    """Draw from the k likeliest characters only; 0 for all."""
+    top_p: float = 1.0
+    """Draw from the smallest set of characters that together have this probability; 1 for all."""
+    repetition_penalty: float = 1.0
+    """Divides the positive and multiplies the negative logits of recent characters; 1 switches it off."""
+    no_repeat_ngram: int = 0
+    """Never write the same n characters twice within the repetition window; 0 switches it off."""
+    repetition_window: int = 1024
+    """Characters of the recent past, prompt included, that the two repetition rules look at."""
+    seed: int = 0
+    """Same seed, same text: the draw at a position depends on nothing but the seed and the position."""
+
+    def __post_init__(self) -> None:
+        for name, lowest in (
+            ("top_k", 0), ("no_repeat_ngram", 0), ("repetition_window", 1), ("seed", 0)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ValueError(f"sampling: {name} must be a whole number from {lowest} up, not {value!r}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"sampling: temperature must be 0 or above, not {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling: top_p must be above 0 and at most 1, not {self.top_p!r}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"sampling: repetition_penalty must be above 0, not {self.repetition_penalty!r}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run on one device. Everything random in it follows from `seed`."""
+
+    corpus: str = "corpus"
+    """Folder written by `butterfly prepare`."""
+    out: str = "runs/butterfly"
+    """Folder for checkpoints, metrics.jsonl and the finished model."""
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint in `out`, if any. never: start anew, refused where there
+    is one. Anything else: the checkpoint folder to go on from."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    seed: int = 0
+    """Weights, order of the text and samples follow from it."""
+
+    steps: int = 1000
+    """Optimiser steps in the run; with max_seconds an upper limit."""
+    max_seconds: float | None = None
+    """Wall-clock budget of the run over all its restarts, seconds. Progress is then the larger of
+    step / steps and elapsed time / budget, and learning rate and length follow progress."""
+    finish_seconds: float = 20.0
+    """Part of max_seconds kept back for the last validation and the last checkpoint, seconds."""
+    batch_chars: int = 65_536
+    """Characters in one optimiser step."""
+    micro_chars: int = 0
+    """Characters in one forward and backward pass (at least one window); 0 for the whole batch."""
+    lengths: tuple[tuple[float, int], ...] = ((1.0, 4096),)
+    """Stages (until which progress, window length in characters). A batch keeps its characters: windows
+    four times as long are four times fewer."""
+
+    learning_rate: float = 2e-3
+    """Peak learning rate of both optimisers (Muon's updates are scaled to the size of AdamW's)."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """Form of the decay after the constant part."""
+    decay_from: float = 0.0
+    """Progress (0 to below 1) at which the decay begins."""
+    final_rate: float = 0.02
+    """Learning rate at the end, as a share of the peak."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices in the layers; embedding, head and vectors have none."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row with a loss or gradient that is not finite (they change nothing)."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the activations; weights are always kept in float32. auto: bfloat16 on a GPU, else float32."""
+    compile: bool = False
+    """Compile the layers (slow first steps, then faster)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more work."""
+    deterministic: bool = False
+    """Use deterministic kernels only; refuses operations that have none."""
+
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl; each one waits for the device."""
+    val_every: int = 0
+    """Steps between validations; 0 for one at the end."""
+    val_length: int = 0
+    """Window length of the validation, characters; 0 for the longest in `lengths`."""
+    val_chars: int = 1_048_576
+    """Characters of the validation split that are read."""
+    sample_every: int = 0
+    """Steps between samples of text; 0 for none."""
+    sample_chars: int = 200
+    """Characters in a sample."""
+    sample_prompt: str = "\n"
+    """Text that a sample continues."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 to leave it to checkpoint_minutes."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints; 0 to leave it to checkpoint_every. There is always one at the end."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        for name, lowest in _TRAIN_WHOLE.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ValueError(f"train: {name} must be a whole number from {lowest} up, not {value!r}")
+        for name, (low, high) in _TRAIN_RANGES.items():
+            value = getattr(self, name)
+            if name == "max_seconds" and value is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"train: {name} must be a number from {low:g} to {high:g}, not {value!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("bool", "str") and type(value).__name__ != field.type:
+                raise ValueError(f"train: {field.name} must be a {field.type}, not {value!r}")
+        if self.decay not in ("cosine", "linear"):
+            raise ValueError(f"train: decay must be cosine or linear, not {self.decay!r}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"train: precision must be auto, float32 or bfloat16, not {self.precision!r}")
+        if self.max_seconds is not None and self.max_seconds <= self.finish_seconds:
+            raise ValueError(
+                f"train: max_seconds {self.max_seconds:g} is not above finish_seconds {self.finish_seconds:g}"
+            )
+        if not self.sample_prompt:
+            raise ValueError("train: sample_prompt must not be empty")
+        object.__setattr__(self, "lengths", _stages(self.lengths))
+        for _, length in self.lengths:
+            if self.batch_chars % length:
+                raise ValueError(
+                    f"train: length {length} does not divide batch_chars {self.batch_chars}: no whole windows"
+                )
+            if self.windows(length) % self.micro_windows(length) or self.micro_chars % min(
+                length, self.micro_chars or length
+            ):
+                raise ValueError(
+                    f"train: micro_chars {self.micro_chars} does not cut batch_chars {self.batch_chars} into "
+                    f"equal parts of whole windows of length {length}"
+                )
+
+    def windows(self, length: int) -> int:
+        """Windows of `length` characters in one optimiser step."""
+        return self.batch_chars // length
+
+    def micro_windows(self, length: int) -> int:
+        """Windows of `length` characters in one forward and backward pass."""
+        return max(1, (self.micro_chars or self.batch_chars) // length)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`, JSON and TOML lists allowed; ValueError names an unknown field."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(f"train: unknown field {key!r}{hint}")
+        return cls(**values)
+
+
+def _stages(lengths: Any) -> tuple[tuple[float, int], ...]:
+    """`TrainConfig.lengths` from any nested sequence, checked."""
+    try:
+        stages = tuple((float(until), length) for until, length in lengths)
+    except (TypeError, ValueError):
+        raise ValueError(f"train: lengths must be pairs (until progress, length), not {lengths!r}") from None
+    borders = [until for until, _ in stages]
+    if not stages or borders[-1] != 1.0 or borders != sorted(set(borders)) or borders[0] <= 0:
+        raise ValueError(f"train: the borders of lengths must rise to 1, not {borders}")
+    for _, length in stages:
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"train: a window length must be a whole number from 1 up, not {length!r}")
+    return stages
+
+
+_TRAIN_WHOLE = {
+    "seed": 0, "steps": 1, "batch_chars": 1, "micro_chars": 0, "warmup_steps": 0, "max_bad_steps": 1,
+    "log_every": 1, "val_every": 0, "val_length": 0, "val_chars": 1, "sample_every": 0, "sample_chars": 1,
+    "checkpoint_every": 0, "keep": 1,
+}  # fmt: skip
+_TRAIN_RANGES = {
+    "max_seconds": (0.0, 1e18), "finish_seconds": (0.0, 1e18),
+    "learning_rate": (0.0, 1e18), "decay_from": (0.0, 0.99), "final_rate": (0.0, 1.0),
+    "weight_decay": (0.0, 1e18), "clip_norm": (1e-12, 1e18),
+    "checkpoint_minutes": (0.0, 1e18),
+}  # fmt: skip

@@ -1,0 +1,41 @@
+"""How much memory a device has left, and refusing in one line what cannot fit."""
+
+from __future__ import annotations
+
+import os
+
+
+def format_bytes(nbytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def available_bytes(device: str = "cpu") -> int | None:
+    """Free bytes of the machine or of one CUDA device; None where the system does not tell."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def require(nbytes: int, device: str, what: str, advice: str) -> None:
+    """Raise ValueError (what, how much is needed, how much is free, what to lower) if `nbytes` cannot fit."""
+    free = available_bytes(device)
+    if free is not None and nbytes > free:
+        raise ValueError(
+            f"{what} needs {format_bytes(nbytes)} on {device}, {format_bytes(free)} are free: {advice}"
+        )

@@ -1,0 +1,376 @@
+"""The Butterfly model: 4 local, 45 butterfly and 4 refinement layers that are one operator with a stride.
+
+`forward` reads whole sequences for training; `prefill` and `step` stream through a `Cache`. The three agree.
+
+Shapes: B batch, N characters, d hidden size, H heads, K key-value heads, D head size, M carry size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from butterfly_llm.cache import Cache, routes_of
+from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.ops import Backend, butterfly_attention
+from butterfly_llm.ops.loss import linear_cross_entropy
+from butterfly_llm.ops.portable import (
+    partner_row_step,
+    partner_rows,
+    partner_rows_prefill,
+    prefill_attention,
+    step_attention,
+)
+from butterfly_llm.routing import Topology
+
+
+class Linear(nn.Linear):
+    """float32 master weights, computed in the dtype of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Queries, keys and values with QK-norm; `memory`, the normalised carry, adds to keys and values."""
+
+    def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.query_size = config.num_heads * config.head_dim
+        self.kv_size = config.num_kv_heads * config.head_dim
+        self.qkv = Linear(config.hidden_size, self.query_size + 2 * self.kv_size, bias=False)
+        self.out = Linear(self.query_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.read_norm = RMSNorm(config.carry_size, config.norm_eps) if reads_carry else None
+        self.read = Linear(config.carry_size, 2 * self.kv_size, bias=False) if reads_carry else None
+        nn.init.zeros_(self.out.weight)
+
+    def project(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., d), memory (..., M) -> q (..., H, D), k and v (..., K, D)."""
+        q, kv = self.qkv(x).split([self.query_size, 2 * self.kv_size], -1)
+        if self.read is not None and self.read_norm is not None:
+            assert memory is not None
+            kv = kv + self.read(self.read_norm(memory))
+        k, v = kv.split(self.kv_size, -1)
+        heads = (-1, self.config.head_dim)
+        return (
+            self.q_norm(q.unflatten(-1, heads)),
+            self.k_norm(k.unflatten(-1, heads)),
+            v.unflatten(-1, heads),
+        )
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ButterflyConfig) -> None:
+        super().__init__()
+        self.gated = config.feed_forward == "swiglu"
+        self.up = Linear(config.hidden_size, config.intermediate_size * (2 if self.gated else 1), bias=False)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, -1)
+            return cast(Tensor, self.down(F.silu(gate) * x))
+        return cast(Tensor, self.down(F.relu(x).square()))
+
+
+class Layer(nn.Module):
+    """Pre-norm attention over the own and the partner chunk, then feed-forward."""
+
+    def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, reads_carry)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, memory: Tensor | None, stride: int, backend: Backend | None) -> Tensor:
+        """x (B, N, d), memory (B, N, M) or None -> (B, N, d)."""
+        q, k, v = self.attention.project(self.attention_norm(x), memory)
+        y = butterfly_attention(
+            q,
+            k,
+            v,
+            stride=stride,
+            topology=self.config.routing,
+            chunk_size=self.config.chunk_size,
+            rope_theta=self.config.rope_theta,
+            backend=backend,
+        )
+        return self._finish(x, y)
+
+    def prefill(
+        self, x: Tensor, memory: Tensor | None, stride: int, ring: tuple[Tensor, Tensor], position: int
+    ) -> Tensor:
+        """`forward` for the characters `position`.. of a stream."""
+        q, k, v = self.attention.project(self.attention_norm(x), memory)
+        y = prefill_attention(
+            q,
+            k,
+            v,
+            ring,
+            position=position,
+            stride=stride,
+            topology=self.config.routing,
+            rope_theta=self.config.rope_theta,
+        )
+        return self._finish(x, y)
+
+    def step(
+        self, x: Tensor, memory: Tensor | None, stride: int, ring: tuple[Tensor, Tensor], position: int
+    ) -> Tensor:
+        """`forward` for one character: x (B, d), memory (B, M) -> (B, d)."""
+        q, k, v = self.attention.project(self.attention_norm(x), memory)
+        y = step_attention(
+            q,
+            k,
+            v,
+            ring,
+            position=position,
+            stride=stride,
+            topology=self.config.routing,
+            rope_theta=self.config.rope_theta,
+        )
+        return self._finish(x, y)
+
+    def _finish(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.attention.out(y.flatten(-2))
+        return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
+
+
+class CarryWrite(nn.Module):
+    """What a character puts into the carry at the start of a pass: sigmoid(a) * b."""
+
+    def __init__(self, config: ButterflyConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.linear = Linear(config.hidden_size, 2 * config.carry_size)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., M)."""
+        gate, value = self.linear(self.norm(x)).chunk(2, -1)
+        return cast(Tensor, torch.sigmoid(gate) * value)
+
+
+class CarryMerge(nn.Module):
+    """One level of the scan: m + sigmoid(W [m; partner] + 2) * partner, the same lane of the two chunks."""
+
+    def __init__(self, config: ButterflyConfig) -> None:
+        super().__init__()
+        self.linear = Linear(2 * config.carry_size, config.carry_size)
+        nn.init.constant_(self.linear.bias, 2.0)
+
+    def forward(self, carry: Tensor, partner: Tensor) -> Tensor:
+        """carry and partner (..., M) -> (..., M); a missing partner is zero and adds nothing."""
+        gate = torch.sigmoid(self.linear(torch.cat([carry, partner], -1)))
+        return carry + gate * partner
+
+
+def _merge(merge: CarryMerge, scan: Tensor, stride: int, topology: Topology, chunk_size: int) -> Tensor:
+    """One level of the scan over a whole sequence (B, N, M)."""
+    return cast(Tensor, merge(scan, partner_rows(scan, stride, topology, chunk_size)))
+
+
+class Butterfly(nn.Module):
+    """A character-level language model over butterfly attention. Parameters are float32."""
+
+    def __init__(self, config: ButterflyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.routes = routes_of(config)
+        self.compute_dtype = torch.float32
+        self.backend: Backend | None = None  # None: the best for the device
+        self.gradient_checkpointing = False
+        self.prefill_slice = 2048  # characters per pass through the layers in `prefill`
+        has_carry = config.carry_size > 0
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.layers = nn.ModuleList(
+            Layer(config, reads_carry=has_carry and self._reads_carry(route.stage)) for route in self.routes
+        )
+        passes = sum(route.starts_pass for route in self.routes)
+        self.writes = nn.ModuleList(CarryWrite(config) for _ in range(passes if has_carry else 0))
+        merges = config.num_butterfly_layers if has_carry else 0
+        self.merges = nn.ModuleList(CarryMerge(config) for _ in range(merges))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        nn.init.normal_(self.embed.weight)
+        nn.init.zeros_(self.head.weight)
+        self._run_layer: Callable[..., Tensor] = Layer.forward
+        self._run_merge: Callable[..., Tensor] = _merge
+
+    def _reads_carry(self, stage: str) -> bool:
+        return stage == "butterfly" or (stage == "refine" and self.config.num_butterfly_layers > 0)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def compile_layers(self) -> None:
+        """Compile one layer for all (they differ in stride and weights only); for GPU training."""
+        self._run_layer = torch.compile(Layer.forward)
+        self._run_merge = torch.compile(_merge)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Integer ids (...) -> (..., d)."""
+        if ids.numel() == 0:
+            raise ValueError("no characters: ids is empty")
+        if ids.dtype not in (torch.uint8, torch.int32, torch.int64):
+            raise ValueError(f"ids must be uint8, int32 or int64, not {ids.dtype}")
+        x = F.embedding(ids.long(), self.embed.weight).to(self.compute_dtype)
+        return cast(Tensor, self.embed_norm(x))
+
+    def _walk(
+        self,
+        x: Tensor,
+        run_layer: Callable[[int, Tensor, Tensor | None], Tensor],
+        run_merge: Callable[[int, int, Tensor], Tensor],
+    ) -> Tensor:
+        """Through all layers with the carry: written at the start of a pass, merged after each level.
+
+        The first pass reads the scan in progress, later passes the finished scan of the pass before, and
+        the refinement layers the last finished one.
+        """
+        scan: Tensor | None = None
+        finished: Tensor | None = None
+        merge_index = 0
+        for route in self.routes:
+            if len(self.writes) and route.starts_pass:
+                scan = self.writes[route.pass_index](x)
+            x = run_layer(route.index, x, scan if finished is None or route.pass_index == 0 else finished)
+            if scan is not None and route.stage == "butterfly":
+                scan = run_merge(route.index, merge_index, scan)
+                merge_index += 1
+                if route.ends_pass:
+                    finished = scan
+        return x
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids (B, N) -> normalised hidden states (B, N, d) in the compute dtype."""
+        if ids.ndim != 2:
+            raise ValueError(f"ids must be (batch, characters), not {tuple(ids.shape)}")
+        config = self.config
+
+        def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
+            arguments = (self.layers[index], x, memory, self.routes[index].stride, self.backend)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                return cast(Tensor, checkpoint(self._run_layer, *arguments, use_reentrant=False))
+            return self._run_layer(*arguments)
+
+        def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
+            return self._run_merge(
+                self.merges[merge_index], scan, self.routes[index].stride, config.routing, config.chunk_size
+            )
+
+        return cast(Tensor, self.norm(self._walk(self._embed(ids), run_layer, run_merge)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, N) integers, any N >= 1 -> logits (B, N, 256) float32."""
+        return cast(Tensor, self.head(self.hidden(ids)).float())
+
+    def loss(self, ids: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean next-character loss in nats; ids and targets (B, N), weights (B, N) or None."""
+        flat = None if weights is None else weights.flatten()
+        return linear_cross_entropy(self.hidden(ids).flatten(0, 1), self.head.weight, targets.flatten(), flat)
+
+    def new_cache(
+        self,
+        batch_size: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Cache:
+        """An empty stream state; ValueError with the estimate when memory cannot hold it."""
+        device = self.embed.weight.device if device is None else device
+        return Cache.new(self.config, batch_size, dtype or self.compute_dtype, device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, cache: Cache, *, progress: Callable[[int], None] | None = None) -> Tensor:
+        """Append ids (B, T), T >= 1, to the stream -> logits (B, 256) float32 for the next character.
+
+        Reads in slices of `prefill_slice` characters, so the workspace does not depend on T. `progress` is
+        called with the characters of this call read so far.
+        """
+        if ids.ndim != 2 or ids.shape[0] != cache.batch_size:
+            raise ValueError(
+                f"ids {tuple(ids.shape)} must be ({cache.batch_size}, characters) for this cache"
+            )
+        x = None
+        if ids.shape[1] == 0:
+            raise ValueError("no characters: ids is empty")
+        done = 0
+        while done < ids.shape[1]:
+            # End slices on chunk boundaries, so that only the first and the last are ragged.
+            count = self.prefill_slice - (cache.position % self.config.chunk_size)
+            x = self._prefill_slice(ids[:, done : done + max(1, count)], cache)
+            done += x.shape[1]
+            if progress is not None:
+                progress(min(done, ids.shape[1]))
+        assert x is not None
+        return cast(Tensor, self.head(self.norm(x[:, -1])).float())
+
+    def _prefill_slice(self, ids: Tensor, cache: Cache) -> Tensor:
+        position = cache.position
+
+        def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
+            ring = (cache.keys[index], cache.values[index])
+            layer = cast(Layer, self.layers[index])
+            return layer.prefill(x, memory, self.routes[index].stride, ring, position)
+
+        def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
+            ring = cache.carries[index]
+            assert ring is not None
+            partner = partner_rows_prefill(
+                scan, ring, position=position, stride=self.routes[index].stride, topology=self.config.routing
+            )
+            return cast(Tensor, self.merges[merge_index](scan, partner))
+
+        x = self._walk(self._embed(ids), run_layer, run_merge)
+        cache.position = position + ids.shape[1]
+        return x
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Append one character a stream: ids (B,) -> logits (B, 256) float32. Constant work and memory."""
+        if ids.ndim != 1 or ids.shape[0] != cache.batch_size:
+            raise ValueError(f"ids {tuple(ids.shape)} must be ({cache.batch_size},) for this cache")
+        position = cache.position
+
+        def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
+            ring = (cache.keys[index], cache.values[index])
+            layer = cast(Layer, self.layers[index])
+            return layer.step(x, memory, self.routes[index].stride, ring, position)
+
+        def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
+            ring = cache.carries[index]
+            assert ring is not None
+            partner = partner_row_step(
+                scan, ring, position=position, stride=self.routes[index].stride, topology=self.config.routing
+            )
+            return cast(Tensor, self.merges[merge_index](scan, partner))
+
+        x = self._walk(self._embed(ids), run_layer, run_merge)
+        cache.position = position + 1
+        return cast(Tensor, self.head(self.norm(x)).float())

@@ -1,0 +1,87 @@
+"""The operators, each behind one function; the backend is chosen here, explicitly and visibly.
+
+- reference: dense and plain, for tests, any dtype.
+- torch:     the portable fast path, CPU and CUDA, no Triton.
+- triton:    fused kernels, CUDA (or the CPU under Triton's interpreter).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from butterfly_llm.ops import triton_attention
+from butterfly_llm.ops.portable import butterfly_attention_portable
+from butterfly_llm.ops.reference import butterfly_attention_reference
+from butterfly_llm.routing import Topology
+
+Backend = Literal["reference", "torch", "triton"]
+
+_RUN: dict[Backend, Callable[..., Tensor]] = {
+    "reference": butterfly_attention_reference,
+    "torch": butterfly_attention_portable,
+    "triton": triton_attention.butterfly_attention_triton,
+}
+
+
+def backends() -> dict[str, str]:
+    """Each backend with "available" or the reason why it is not."""
+    return {"reference": "available", "torch": "available", "triton": triton_attention.status()}
+
+
+def default_backend(device: torch.device | str) -> Backend:
+    """The backend used when none is named: BUTTERFLY_BACKEND if set, else the best for the device."""
+    forced = os.environ.get("BUTTERFLY_BACKEND")
+    if forced:
+        if forced not in get_args(Backend):
+            raise ValueError(f"BUTTERFLY_BACKEND={forced}: choose one of {', '.join(get_args(Backend))}")
+        return cast(Backend, forced)
+    on_cuda = torch.device(device).type == "cuda"
+    return "triton" if on_cuda and triton_attention.status() == "available" else "torch"
+
+
+def butterfly_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    stride: int,
+    causal: bool = True,
+    chunk_size: int = 128,
+    rope_theta: float | None = 10000.0,
+    backend: Backend | None = None,
+    topology: Topology | None = None,
+) -> Tensor:
+    """Each chunk attends to itself and to one partner chunk (design, sections 2 and 5).
+
+    q (B, N, H, D), k and v (B, N, Hkv, D) -> (B, N, H, D), any N >= 1; Hkv divides H; scale D ** -0.5.
+    stride: distance of the partner in chunks, a power of two where the topology is an xor.
+    causal: True reads chunk c - stride; False reads c XOR stride on either side, and all of the own chunk.
+    topology: names the partner rule outright ("xor_causal" has no other name).
+    rope_theta: None switches the pair-relative rotation off.
+    ValueError for shapes that do not fit and for unknown or unavailable backends.
+    """
+    if topology is None:
+        topology = "shift" if causal else "xor"
+    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"butterfly_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
+            "expected (B, N, H, D) and twice (B, N, Hkv, D)"
+        )
+    if q.shape[1] < 1 or k.shape[2] < 1 or q.shape[2] % k.shape[2] or q.shape[3] % 2:
+        raise ValueError(
+            f"butterfly_attention: {q.shape[1]} characters, {q.shape[2]} heads, {k.shape[2]} key-value "
+            f"heads, head size {q.shape[3]}: need a character, heads that divide, an even head size"
+        )
+    if stride < 1 or (topology != "shift" and stride & (stride - 1)):
+        raise ValueError(f"butterfly_attention: stride {stride} must be at least 1, for xor a power of two")
+    chosen = backend or default_backend(q.device)
+    if chosen not in _RUN:
+        raise ValueError(f"unknown backend {chosen!r}: choose one of {', '.join(_RUN)}")
+    return _RUN[chosen](
+        q, k, v, stride=stride, topology=topology, chunk_size=chunk_size, rope_theta=rope_theta
+    )

@@ -1,0 +1,282 @@
+"""Butterfly attention on plain PyTorch: chunks in the batch dimension of scaled_dot_product_attention.
+
+Runs and trains on CPU and CUDA without Triton. Keys and values of a pair are copied side by side, one
+chunk at a time of workspace per query chunk; nothing of size N x N.
+
+Shapes: B batch, N characters, C chunks, L characters in a chunk, H query heads, K key-value heads,
+D head size, S ring slots (stride + 1).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from butterfly_llm.ops.rope import rope_table, rotate
+from butterfly_llm.routing import Topology, partner_of
+
+
+@lru_cache(maxsize=64)
+def _table(
+    start: int, stop: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Tables of positions start..stop-1, each (stop - start, D)."""
+    with torch.inference_mode(False):
+        cos, sin = rope_table(torch.arange(start, stop, device=device), head_dim, theta, dtype)
+        return cos.squeeze(1), sin.squeeze(1)
+
+
+@lru_cache(maxsize=16)
+def _pair_mask(chunk_size: int, causal: bool, device: torch.device) -> Tensor:
+    """(L, 2L) bool: which keys of [partner, own] a query sees."""
+    with torch.inference_mode(False):
+        mask = torch.ones(chunk_size, 2 * chunk_size, dtype=torch.bool, device=device)
+        return mask.tril(chunk_size) if causal else mask
+
+
+def _to_chunks(x: Tensor, chunk_size: int, front: int = 0) -> Tensor:
+    """(B, N, H, D) -> (B, C, H, L, D), zero-padded by `front` before and up to whole chunks after."""
+    batch, num_chars, num_heads, head_dim = x.shape
+    back = -(front + num_chars) % chunk_size
+    if front or back:
+        x = F.pad(x, (0, 0, 0, 0, front, back))
+    return x.view(batch, -1, chunk_size, num_heads, head_dim).transpose(2, 3)
+
+
+def _take(x: Tensor, ids: list[int]) -> Tensor:
+    """Chunks `ids` (ascending) of x (B, C, ...): a view where they are consecutive."""
+    if ids and ids[-1] - ids[0] == len(ids) - 1:
+        return x[:, ids[0] : ids[-1] + 1]
+    return x.index_select(1, torch.tensor(ids, dtype=torch.long, device=x.device))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    """q (B, C, H, L, D), k and v (B, C, K, M, D), mask broadcastable to (B*C, 1, L, M) -> (B, C, H, L, D)."""
+    batch, chunks, num_heads = q.shape[:3]
+    if k.shape[2] != num_heads:
+        k, v = (x.repeat_interleave(num_heads // x.shape[2], dim=2) for x in (k, v))
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    return y.view(batch, chunks, *y.shape[1:])
+
+
+def _attend_causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    history: tuple[Tensor, Tensor] | None,
+    first_chunk: int,
+    stride: int,
+    topology: Topology,
+    rope_theta: float | None,
+) -> Tensor:
+    """Chunks first_chunk.. of a causal stream: q (B, C, H, L, D), k and v (B, C, K, L, D), already rotated.
+
+    `history` holds the rings (B, K, S, L, D) with the chunks before first_chunk.
+    """
+    chunks, chunk_size, head_dim = q.shape[1], q.shape[3], q.shape[4]
+    with_partner, without, from_ring, from_here = [], [], [], []
+    for i in range(chunks):
+        partner = partner_of(first_chunk + i, stride, topology)
+        if partner < 0:
+            without.append(i)
+            continue
+        with_partner.append(i)
+        if partner < first_chunk:
+            from_ring.append(partner % (stride + 1))
+        else:
+            from_here.append(partner - first_chunk)
+
+    outputs = []
+    if without:
+        outputs.append(_attend(_take(q, without), _take(k, without), _take(v, without), None, is_causal=True))
+    if with_partner:
+        k_partner, v_partner = [], []
+        if from_ring:
+            assert history is not None
+            slots = torch.tensor(from_ring, device=q.device)
+            k_partner.append(history[0].index_select(2, slots).transpose(1, 2).to(k.dtype))
+            v_partner.append(history[1].index_select(2, slots).transpose(1, 2).to(v.dtype))
+        if from_here:
+            k_partner.append(_take(k, from_here))
+            v_partner.append(_take(v, from_here))
+        # A key at offset j of the partner stands at j - L for the queries of this chunk.
+        back = _table(-chunk_size, 1 - chunk_size, head_dim, rope_theta, q.dtype, q.device)
+        k_pair = torch.cat([rotate(torch.cat(k_partner, 1), *back), _take(k, with_partner)], 3)
+        v_pair = torch.cat([torch.cat(v_partner, 1), _take(v, with_partner)], 3)
+        mask = _pair_mask(chunk_size, True, q.device)
+        outputs.append(_attend(_take(q, with_partner), k_pair, v_pair, mask))
+    y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+    order = without + with_partner
+    if order != sorted(order):
+        y = y.index_select(1, torch.tensor(order, device=y.device).argsort())
+    return y
+
+
+def _attend_bidirectional(
+    q: Tensor, k: Tensor, v: Tensor, num_chars: int, stride: int, rope_theta: float | None
+) -> Tensor:
+    """Every chunk with its xor partner, both sides: q (B, C, H, L, D), k and v (B, C, K, L, D), rotated."""
+    batch, chunks, _, chunk_size, head_dim = q.shape
+    device = q.device
+    chunk = torch.arange(chunks, device=device)
+    partner = chunk ^ stride
+    exists = partner < chunks
+    partner = torch.where(exists, partner, chunk)
+    k_partner = k.index_select(1, partner)
+    before = _table(-chunk_size, 1 - chunk_size, head_dim, rope_theta, q.dtype, device)
+    after = _table(chunk_size, chunk_size + 1, head_dim, rope_theta, q.dtype, device)
+    earlier = (partner < chunk)[:, None, None, None]
+    turned = torch.where(earlier, rotate(k_partner, *before), rotate(k_partner, *after))
+    real = (torch.arange(chunks * chunk_size, device=device) < num_chars).view(chunks, chunk_size)
+    mask = torch.cat([real[partner] & exists[:, None], real], 1)[:, None, None, :]  # (C, 1, 1, 2L)
+    k_pair = torch.cat([turned, k], 3)
+    v_pair = torch.cat([v.index_select(1, partner), v], 3)
+    return _attend(q, k_pair, v_pair, mask.repeat(batch, 1, 1, 1))
+
+
+def butterfly_attention_portable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    stride: int,
+    topology: Topology = "shift",
+    chunk_size: int = 128,
+    rope_theta: float | None = 10000.0,
+) -> Tensor:
+    """q (B, N, H, D), k and v (B, N, Hkv, D) -> (B, N, H, D)."""
+    num_chars, head_dim = q.shape[1], q.shape[3]
+    table = _table(0, chunk_size, head_dim, rope_theta, q.dtype, q.device)
+    q, k, v = (_to_chunks(x, chunk_size) for x in (q, k, v))
+    q, k = rotate(q, *table), rotate(k, *table)
+    if topology == "xor":
+        y = _attend_bidirectional(q, k, v, num_chars, stride, rope_theta)
+    else:
+        y = _attend_causal(q, k, v, None, 0, stride, topology, rope_theta)
+    return y.transpose(2, 3).flatten(1, 2)[:, :num_chars]
+
+
+def prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: tuple[Tensor, Tensor],
+    *,
+    position: int,
+    stride: int,
+    topology: Topology,
+    rope_theta: float | None,
+) -> Tensor:
+    """Attention of the characters `position`.. of a stream, whose keys and values are appended to the rings.
+
+    q (B, T, H, D), k and v (B, T, K, D); ring: keys (rotated by their offset) and values, (B, K, S, L, D),
+    updated in place. Returns (B, T, H, D).
+    """
+    num_chars, head_dim = q.shape[1], q.shape[3]
+    slots, chunk_size = ring[0].shape[2:4]
+    first_chunk, front = divmod(position, chunk_size)
+    table = _table(0, chunk_size, head_dim, rope_theta, q.dtype, q.device)
+    q, k, v = (_to_chunks(x, chunk_size, front) for x in (q, k, v))
+    q, k = rotate(q, *table), rotate(k, *table)
+    if front:
+        slot = first_chunk % slots
+        for x, past in zip((k, v), ring, strict=True):
+            x[:, 0, :, :front] = past[:, :, slot, :front]
+    y = _attend_causal(q, k, v, ring, first_chunk, stride, topology, rope_theta)
+    keep = min(slots, k.shape[1])
+    last = first_chunk + k.shape[1]
+    targets = torch.tensor([c % slots for c in range(last - keep, last)], device=q.device)
+    for x, past in zip((k, v), ring, strict=True):
+        past.index_copy_(2, targets, x[:, -keep:].transpose(1, 2).to(past.dtype))
+    return y.transpose(2, 3).flatten(1, 2)[:, front : front + num_chars]
+
+
+def step_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: tuple[Tensor, Tensor],
+    *,
+    position: int,
+    stride: int,
+    topology: Topology,
+    rope_theta: float | None,
+) -> Tensor:
+    """One character of a stream: q (B, H, D), k and v (B, K, D) -> (B, H, D); the rings are updated in place.
+
+    The work is the same for every position, whether the partner exists or not.
+    """
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    slots, chunk_size = ring[0].shape[2:4]
+    chunk, offset = divmod(position, chunk_size)
+    slot = chunk % slots
+    cos, sin = _table(0, 2 * chunk_size, head_dim, rope_theta, q.dtype, q.device)
+    # Own chunk: the query turns by its offset; partner: by one chunk more.
+    q = q.view(batch, num_kv_heads, 1, num_heads // num_kv_heads, head_dim)
+    both = rotate(q, cos[offset::chunk_size, None], sin[offset::chunk_size, None])  # (B, K, 2, H / K, D)
+    ring[0][:, :, slot, offset] = rotate(k, cos[offset], sin[offset])
+    ring[1][:, :, slot, offset] = v
+
+    # With stride + 1 slots the partner c - stride lies in the slot after that of c, around the ring.
+    if slot + 1 < slots:
+        k_pair, v_pair = (x[:, :, slot : slot + 2] for x in ring)  # (B, K, 2, L, D)
+    else:
+        k_pair, v_pair = (torch.stack([x[:, :, slot], x[:, :, 0]], 2) for x in ring)
+    scores = torch.matmul(both, k_pair.transpose(-1, -2).to(q.dtype)).transpose(2, 3)  # (B, K, H / K, 2, L)
+    scores[:, :, :, 0, offset + 1 :] = float("-inf")
+    if partner_of(chunk, stride, topology) < 0:
+        scores[:, :, :, 1] = float("-inf")
+    weights = (scores.flatten(3) * head_dim**-0.5).softmax(-1)  # (B, K, H / K, 2L)
+    return torch.matmul(weights, v_pair.flatten(2, 3).to(q.dtype)).view(batch, num_heads, head_dim)
+
+
+def partner_rows(x: Tensor, stride: int, topology: Topology, chunk_size: int) -> Tensor:
+    """x (B, N, M) -> (B, N, M): the same lane of the partner chunk, zero where there is none."""
+    num_chars = x.shape[1]
+    shift = stride * chunk_size
+    if topology == "shift":
+        if shift >= num_chars:
+            return torch.zeros_like(x)
+        return torch.cat([x.new_zeros(x.shape[0], shift, x.shape[2]), x[:, :-shift]], 1)
+    position = torch.arange(num_chars, device=x.device)
+    chunk = position // chunk_size
+    source = ((chunk ^ stride) * chunk_size) + position % chunk_size
+    exists = source < (position if topology == "xor_causal" else num_chars)
+    return x[:, torch.where(exists, source, 0)] * exists[:, None].to(x.dtype)
+
+
+def partner_rows_prefill(
+    x: Tensor, ring: Tensor, *, position: int, stride: int, topology: Topology
+) -> Tensor:
+    """`partner_rows` for the characters `position`.. of a causal stream; x is appended to the ring.
+
+    x (B, T, M), ring (B, S, L, M) zero where nothing was written yet -> (B, T, M).
+    """
+    batch, num_chars, width = x.shape
+    slots, chunk_size = ring.shape[1:3]
+    shift, capacity = stride * chunk_size, slots * chunk_size
+    flat = ring.view(batch, capacity, width)
+    steps = torch.arange(num_chars, device=x.device)
+    past = flat.index_select(1, (position - shift + steps[:shift]) % capacity).to(x.dtype)
+    partner = torch.cat([past, x[:, : max(0, num_chars - shift)]], 1)
+    if topology == "xor_causal":
+        reads = ((position + steps) // chunk_size) & stride != 0
+        partner = partner * reads[:, None].to(x.dtype)
+    kept = steps[-capacity:]
+    flat.index_copy_(1, (position + kept) % capacity, x[:, -capacity:].to(flat.dtype))
+    return partner
+
+
+def partner_row_step(x: Tensor, ring: Tensor, *, position: int, stride: int, topology: Topology) -> Tensor:
+    """`partner_rows_prefill` for one character: x (B, M) -> (B, M)."""
+    slots, chunk_size = ring.shape[1:3]
+    chunk, offset = divmod(position, chunk_size)
+    ring[:, chunk % slots, offset] = x
+    if partner_of(chunk, stride, topology) < 0:
+        return torch.zeros_like(x)
+    return ring[:, (chunk + 1) % slots, offset].to(x.dtype)

@@ -1,0 +1,50 @@
+"""Butterfly attention written for the reader: dense N x N scores, any dtype including float64.
+
+The fast backends are judged against this file alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from butterfly_llm.ops.rope import rope_table, rotate
+from butterfly_llm.routing import Topology, partner_of
+
+
+def butterfly_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    stride: int,
+    topology: Topology = "shift",
+    chunk_size: int = 128,
+    rope_theta: float | None = 10000.0,
+) -> Tensor:
+    """q (B, N, H, D), k and v (B, N, Hkv, D) -> (B, N, H, D). O(N^2) time and memory."""
+    num_chars, num_heads, head_dim = q.shape[1:]
+    group = num_heads // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+
+    position = torch.arange(num_chars, device=q.device)
+    chunk, offset = position // chunk_size, position % chunk_size
+    partner = torch.tensor([partner_of(int(c), stride, topology) for c in chunk], device=q.device)
+    own = chunk[:, None] == chunk[None, :]  # (N, N), query by key
+    if topology != "xor":
+        own &= position[:, None] >= position[None, :]
+    across = partner[:, None] == chunk[None, :]
+
+    # The partner counts as the chunk just before, or just after when it lies later.
+    query_offset = offset + chunk_size * torch.sign(chunk - partner)
+    scores = [
+        torch.einsum(
+            "bqhd,bkhd->bhqk",
+            rotate(q, *rope_table(query_position, head_dim, rope_theta, q.dtype)),
+            rotate(k, *rope_table(offset, head_dim, rope_theta, q.dtype)),
+        )
+        for query_position in (offset, query_offset)
+    ]
+    visible = torch.where(own, scores[0], scores[1]) / head_dim**0.5
+    weights = visible.masked_fill(~(own | across), float("-inf")).softmax(-1)  # (B, H, N, N)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
