@@ -1,0 +1,98 @@
+"""What a training run tells: metrics.jsonl for programs, a progress line on stderr for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Reporter:
+    """Writes metrics and shows progress: one live line on a terminal, elsewhere a line each time."""
+
+    def __init__(self, path: Path, *, resumed_at: int) -> None:
+        """`path`: the JSONL file; its lines of steps after `resumed_at`, now made again, are dropped."""
+        _keep_until(path, resumed_at)
+        self._file = path.open("a", encoding="utf-8")
+        self._begun: tuple[float, float] | None = None  # time and progress when the first figures came
+        self._live: Any = None
+        if sys.stderr.isatty():
+            self._live = _live_line()
+
+    def record(self, kind: str, **values: Any) -> None:
+        """Append one line to the metrics."""
+        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self._file.flush()
+
+    def show(self, progress: float, text: str) -> None:
+        """Progress, 0 to 1, and the figures of the moment."""
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun = now, progress
+        begun, before = self._begun
+        left = (now - begun) / (progress - before) * (1 - progress) if progress > before else None
+        text = f"{text}  {_clock(left)} left"
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], completed=progress, description=text)
+        else:
+            print(f"{progress:5.1%}  {text}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A message that stays."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._live is not None:
+            self._live.stop()
+
+
+def _live_line() -> Any:
+    """A running rich progress bar on stderr, or None without rich."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    except ImportError:
+        return None
+    live = Progress(
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    live.add_task("", total=1.0)
+    live.start()
+    return live
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines of later steps, and a last line that a killed run left unfinished."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and value.get("step", 0) <= step:
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _clock(seconds: float | None) -> str:
+    """1:02:03, 2:03, or ?:?? while unknown."""
+    if seconds is None:
+        return "?:??"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

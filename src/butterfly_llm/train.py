@@ -1,0 +1,520 @@
+"""Train a Butterfly model on one device; exact to resume, safe to interrupt.
+
+    python -m butterfly_llm.train configs/tiny.toml corpus=CORPUS steps=500
+
+A step draws its windows from (seed, step) and its learning rate and window length from the progress of the
+run, so the checkpoint of a step holds all that the next step depends on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import signal
+import sys
+import time
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from butterfly_llm import memory
+from butterfly_llm.checkpoint import (
+    TrainingState,
+    checkpoint_path,
+    checkpoints,
+    copy_weights,
+    load_training,
+    prune,
+    save_model,
+    save_training,
+)
+from butterfly_llm.config import ButterflyConfig, SamplingConfig, TrainConfig
+from butterfly_llm.data import Corpus, sample_windows, val_windows
+from butterfly_llm.generate import generate_text
+from butterfly_llm.model import Butterfly
+from butterfly_llm.optim import Optimizers, learning_rate, length_at, progress_at
+from butterfly_llm.reporting import Reporter
+from butterfly_llm.text import encode
+
+Windows = npt.NDArray[np.uint8]
+Transform = Callable[[Windows, int, int, float], tuple[Windows, npt.NDArray[np.float32] | None]]
+"""(windows (B, N+1), step, first, progress) -> windows, and loss weights (B, N) or None; pure, row by row:
+row i may depend on the step and on first + i only. For curricula that plant something into the text."""
+
+# What a resumed run may change: how long it runs, what it tells, where it runs and how it cuts up the work.
+_CHANGEABLE = frozenset((
+    "steps", "max_seconds", "finish_seconds", "corpus", "out", "resume", "device", "log_every", "val_every",
+    "val_length", "val_chars", "sample_every", "sample_chars", "sample_prompt", "checkpoint_every",
+    "checkpoint_minutes", "keep", "max_bad_steps", "micro_chars", "compile", "gradient_checkpointing",
+    "deterministic",
+))  # fmt: skip
+
+
+class TrainingDiverged(ValueError):
+    """Loss or gradient were not finite for too many steps in a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """The end of a run."""
+
+    model: Butterfly
+    step: int
+    chars: int  # characters trained on
+    skipped: int  # steps whose loss or gradient was not finite
+    elapsed: float  # seconds, over all restarts
+    val_bits: float  # bits per character on the validation split
+    losses: list[float]  # bits per character of every step since this start
+
+
+def train(
+    config: TrainConfig,
+    model_config: ButterflyConfig,
+    *,
+    corpus: Corpus | None = None,
+    val_corpus: Corpus | None = None,
+    transform: Transform | None = None,
+) -> TrainResult:
+    """Run `config` to its end and leave checkpoints, metrics.jsonl and the finished model in `config.out`.
+
+    The corpora are those in `config.corpus` unless given. On SIGTERM or SIGINT the run writes a checkpoint at
+    the next step boundary and raises SystemExit (143 or 130); a second signal ends the process at once.
+    ValueError for settings, data and checkpoints that do not fit; TrainingDiverged after `max_bad_steps`.
+    """
+    run = _Run(
+        config,
+        model_config,
+        Corpus(config.corpus, "train") if corpus is None else corpus,
+        Corpus(config.corpus, "val") if val_corpus is None else val_corpus,
+        transform,
+    )
+    try:
+        with _StopSignals() as stop:
+            while run.progress() < 1:
+                run.advance()
+                if stop.received:
+                    run.checkpoint()
+                    run.reporter.say(f"stopped at step {run.step}; the same command goes on from there")
+                    raise SystemExit(128 + stop.received)
+            return run.finish()
+    finally:
+        run.reporter.close()
+
+
+class _Run:
+    """The state of a run between two steps."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: ButterflyConfig,
+        corpus: Corpus,
+        val_corpus: Corpus,
+        transform: Transform | None,
+    ) -> None:
+        if not model_config.causal:
+            raise ValueError(f"train: routing {model_config.routing!r} is not causal: nothing to predict")
+        self.config, self.corpus, self.val_corpus, self.transform = config, corpus, val_corpus, transform
+        self.device = _device(config.device)
+        half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
+        memory.require(
+            estimate_train_bytes(config, model_config, 2 if half else 4),
+            str(self.device),
+            "training",
+            "lower micro_chars, switch gradient_checkpointing on, or use a smaller model",
+        )
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        torch.manual_seed(config.seed)
+        self.model = Butterfly(model_config).to(self.device)
+        self.model.compute_dtype = torch.bfloat16 if half else torch.float32
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.optimizers = Optimizers(self.model, config)
+        self.step = self.chars = 0
+        self.elapsed_before = 0.0
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.bad_streak = torch.zeros_like(self.skipped)
+        self.worst_streak = torch.zeros_like(self.skipped)
+        self.losses: list[float] = []
+        self.unread: list[
+            Tensor
+        ] = []  # (3,) loss, gradient norm, bad, of the steps since the host last looked
+        out = Path(config.out)
+        out.mkdir(parents=True, exist_ok=True)
+        state = _find_state(config)
+        if state is not None:
+            self._take_up(state)
+        if config.compile:
+            self.model.compile_layers()
+        self.begun = self.saved_at = self.logged_at = time.monotonic()
+        self.logged_chars = self.chars
+        self.saved_step = self.step
+        self.reporter = Reporter(out / "metrics.jsonl", resumed_at=self.step)
+        parameters = f"{self.model.num_parameters():,} parameters on {self.device}"
+        at = f", resumed at step {self.step}" if state else ""
+        self.reporter.say(f"{parameters}, {len(corpus):,} characters{at}")
+
+    def elapsed(self) -> float:
+        """Seconds of training, over all restarts."""
+        return self.elapsed_before + time.monotonic() - self.begun
+
+    def progress(self) -> float:
+        return progress_at(self.step, self.elapsed(), self.config)
+
+    def advance(self) -> None:
+        """One optimiser step, and what is due after it."""
+        config = self.config
+        progress = self.progress()
+        length = length_at(progress, config)
+        rate = learning_rate(self.step, progress, config)
+        loss = torch.zeros((), device=self.device)
+        for ids, targets, weights, share in self._micro_batches(length, progress):
+            part = self.model.loss(ids, targets, weights=weights) * share
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm, foreach=True)
+        bad = ~(loss.isfinite() & norm.isfinite())
+        self.optimizers.step(rate, bad)
+        self.skipped += bad
+        self.bad_streak = torch.where(bad, self.bad_streak + 1, 0)
+        self.worst_streak = torch.maximum(self.worst_streak, self.bad_streak)
+        self.unread.append(torch.stack([loss, norm, bad.float()]))
+        self.step += 1
+        self.chars += config.batch_chars
+        self._do_what_is_due(length, rate)
+
+    def _do_what_is_due(self, length: int, rate: float) -> None:
+        config = self.config
+
+        def due(every: int) -> bool:
+            return every > 0 and self.step % every == 0
+
+        if due(config.log_every):
+            self._log(length, rate)
+        if due(config.val_every):
+            self.validate()
+        if due(config.sample_every):
+            self._sample()
+        minutes = (time.monotonic() - self.saved_at) / 60
+        if due(config.checkpoint_every) or 0 < config.checkpoint_minutes <= minutes:
+            self.checkpoint()
+
+    def _micro_batches(
+        self, length: int, progress: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
+        """ids and targets (b, length), loss weights or None, and the share in the loss of the whole batch."""
+        config = self.config
+        count, windows = config.micro_windows(length), config.windows(length)
+        parts: list[tuple[Windows, npt.NDArray[np.float32] | None]] = []
+        for first in range(0, windows, count):
+            text = sample_windows(
+                self.corpus, length=length, count=count, seed=config.seed, step=self.step, first=first
+            )
+            parts.append(self.transform(text, self.step, first, progress) if self.transform else (text, None))
+        sizes = [count * length if weights is None else float(weights.sum()) for _, weights in parts]
+        for (text, weights), size in zip(parts, sizes, strict=True):
+            ids, targets = self._to_device(text)
+            yield (
+                ids,
+                targets,
+                None if weights is None else torch.from_numpy(weights).to(self.device, non_blocking=True),
+                size / sum(sizes),
+            )
+
+    def _to_device(self, text: Windows) -> tuple[Tensor, Tensor]:
+        """Windows (b, N+1) uint8 -> ids and targets (b, N) int64 on the device."""
+        host = torch.from_numpy(text)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        window = host.to(self.device, non_blocking=True).long()
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+    def _read(self) -> list[list[float]]:
+        """Wait for the device: (bits per character, gradient norm, bad) of the steps not looked at yet."""
+        if not self.unread:
+            return []
+        rows: list[list[float]] = torch.stack(self.unread).tolist()
+        self.unread.clear()
+        for row in rows:
+            row[0] /= math.log(2)
+        self.losses += [row[0] for row in rows]
+        if int(self.worst_streak) >= self.config.max_bad_steps:
+            kept = checkpoints(self.config.out)
+            raise TrainingDiverged(
+                f"loss or gradient were not finite for {int(self.worst_streak)} steps in a row before step "
+                f"{self.step}; lower learning_rate or clip_norm"
+                + (f" (last checkpoint: {kept[0]})" if kept else "")
+            )
+        return rows
+
+    def _log(self, length: int, rate: float) -> None:
+        rows = self._read()
+        good = [row for row in rows if not row[2]] or rows
+        bits = sum(row[0] for row in good) / len(good)
+        now = time.monotonic()
+        speed = (self.chars - self.logged_chars) / max(1e-9, now - self.logged_at)
+        self.logged_at, self.logged_chars = now, self.chars
+        self.reporter.record(
+            "train",
+            step=self.step,
+            bits_per_char=round(bits, 5),
+            learning_rate=rate,
+            grad_norm=round(good[-1][1], 5),
+            chars=self.chars,
+            chars_per_second=round(speed),
+            elapsed=round(self.elapsed(), 2),
+            length=length,
+            skipped=int(self.skipped),
+        )
+        figures = f"step {self.step}  {bits:.3f} bits/char  {speed / 1000:,.1f}k chars/s  length {length}"
+        self.reporter.show(self.progress(), figures)
+
+    def validate(self) -> float:
+        """Bits per character on the validation split, in windows of `val_length`."""
+        config = self.config
+        length = config.val_length or max(length for _, length in config.lengths)
+        windows = list(val_windows(self.val_corpus, length=length, max_chars=config.val_chars))
+        count = min(config.micro_windows(length), len(windows))
+        nats, chars = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        # Compiled layers would be compiled once more for a pass without gradients.
+        with torch.set_grad_enabled(config.compile):
+            for first in range(0, len(windows), count):
+                ids, targets = self._to_device(np.stack(windows[first : first + count]))
+                nats += self.model.loss(ids, targets).detach().double() * targets.numel()
+                chars += targets.numel()
+        bits = float(nats) / chars / math.log(2)
+        self.reporter.record(
+            "val",
+            step=self.step,
+            bits_per_char=round(bits, 5),
+            chars=chars,
+            length=length,
+            trained_chars=self.chars,
+            elapsed=round(self.elapsed(), 2),
+        )
+        self.reporter.say(f"step {self.step}: validation {bits:.4f} bits/char on {chars:,} characters")
+        return bits
+
+    def _sample(self) -> None:
+        text = "".join(
+            generate_text(
+                self.model,
+                list(encode(self.config.sample_prompt, source="sample_prompt")),
+                sampling=SamplingConfig(seed=self.config.seed),
+                max_chars=self.config.sample_chars,
+            )
+        )
+        self.reporter.record("sample", step=self.step, text=text)
+        self.reporter.say(f"step {self.step}: sample\n{self.config.sample_prompt}{text}")
+
+    def checkpoint(self) -> None:
+        """Write all that the next step depends on."""
+        self._read()
+        values = {
+            "step": self.step,
+            "chars": self.chars,
+            "skipped": int(self.skipped),
+            "bad_streak": int(self.bad_streak),
+            "elapsed": self.elapsed(),
+            "train": self.config.to_dict(),
+        }
+        tensors = [("random.cpu", torch.get_rng_state())]
+        if self.device.type == "cuda":
+            tensors.append(("random.cuda", torch.cuda.get_rng_state(self.device)))
+        tensors += [("optimizer." + name, tensor) for name, tensor in self.optimizers.state_tensors()]
+        save_training(self.model, checkpoint_path(self.config.out, self.step), tensors=tensors, values=values)
+        prune(self.config.out, self.config.keep)
+        self.saved_at, self.saved_step = time.monotonic(), self.step
+
+    def _take_up(self, state: TrainingState) -> None:
+        """Go on from a checkpoint. ValueError names a setting that may not change."""
+        _refuse_changes(self.config, self.model.config, state)
+        copy_weights(self.model, state.weights.items(), source=str(state.path))
+        prefix = "optimizer."
+        self.optimizers.load_tensors(
+            {key.removeprefix(prefix): t for key, t in state.tensors.items() if key.startswith(prefix)}
+        )
+        try:
+            torch.set_rng_state(state.tensors["random.cpu"])
+            if self.device.type == "cuda" and "random.cuda" in state.tensors:
+                torch.cuda.set_rng_state(state.tensors["random.cuda"], self.device)
+            values = state.values
+            self.step, self.chars = int(values["step"]), int(values["chars"])
+            self.elapsed_before = float(values["elapsed"])
+            self.skipped += int(values["skipped"])
+            self.bad_streak += int(values["bad_streak"])
+            self.worst_streak += self.bad_streak
+        except (KeyError, TypeError) as failure:
+            raise ValueError(f"{state.path}: the training state is incomplete ({failure})") from None
+
+    def finish(self) -> TrainResult:
+        """The last validation and checkpoint, and the model alone in `out`/model."""
+        bits = self.validate()
+        self.checkpoint()
+        extra = {"step": self.step, "chars": self.chars, "val_bits_per_char": bits}
+        save_model(self.model, Path(self.config.out) / "model", extra=extra)
+        self.reporter.record("end", step=self.step, elapsed=round(self.elapsed(), 2))
+        return TrainResult(
+            model=self.model,
+            step=self.step,
+            chars=self.chars,
+            skipped=int(self.skipped),
+            elapsed=self.elapsed(),
+            val_bits=bits,
+            losses=self.losses,
+        )
+
+
+class _StopSignals:
+    """Notes SIGTERM and SIGINT for the next step boundary; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: signals are the caller's
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+
+
+def estimate_train_bytes(config: TrainConfig, model_config: ButterflyConfig, value_bytes: int) -> int:
+    """Bytes that training takes on its device: weights, gradients, optimisers and kept activations.
+
+    value_bytes: size of one activation, 2 or 4.
+    """
+    with torch.device("meta"):
+        model = Butterfly(model_config)
+    matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
+    state = 4 * (3 * matrices + 4 * (model.num_parameters() - matrices))
+    chars = max(config.micro_windows(length) * length for _, length in config.lengths)
+    attention = model_config.num_heads * model_config.head_dim
+    layer = 5 * model_config.hidden_size + 8 * attention + 3 * model_config.intermediate_size
+    layer += 6 * model_config.carry_size
+    kept = model_config.hidden_size + 4 * model_config.carry_size
+    per_char = layer * model_config.num_layers
+    if config.gradient_checkpointing:
+        per_char = kept * model_config.num_layers + layer
+    return state + chars * per_char * value_bytes
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"train: device {name!r} is unknown; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train: device cuda, but no GPU is usable here")
+    return device
+
+
+def _find_state(config: TrainConfig) -> TrainingState | None:
+    """The checkpoint `config.resume` means; a damaged one gives way to the one before, with a warning."""
+    there = checkpoints(config.out)
+    if config.resume == "never":
+        if there:
+            raise ValueError(f"train: {there[0]} exists and resume is never; choose another out")
+        return None
+    if config.resume != "auto":
+        return load_training(config.resume)
+    problems = []
+    for path in there:
+        try:
+            return load_training(path)
+        except (ValueError, OSError) as failure:
+            problems.append(str(failure))
+            warnings.warn(f"checkpoint skipped: {failure}", stacklevel=2)
+    if problems:
+        raise ValueError(f"train: no checkpoint in {config.out} is whole ({problems[0]}); choose another out")
+    return None
+
+
+def _refuse_changes(config: TrainConfig, model_config: ButterflyConfig, state: TrainingState) -> None:
+    before = TrainConfig.from_dict(state.values.get("train", {})).to_dict()
+    pairs = [(key, before[key], value) for key, value in config.to_dict().items() if key not in _CHANGEABLE]
+    then = state.model_config.to_dict()
+    pairs += [(f"model.{key}", then[key], value) for key, value in model_config.to_dict().items()]
+    for key, old, new in pairs:
+        if old != new:
+            raise ValueError(
+                f"train: {state.path} was made with {key} = {old!r}, now it is {new!r}; "
+                "a resumed run cannot change it, choose another out"
+            )
+
+
+def load_run(path: str | Path, changes: Sequence[str] = ()) -> tuple[TrainConfig, ButterflyConfig]:
+    """Read a run preset: `preset = "small"`, a table [model] that changes it, and a table [train].
+
+    changes: `key=value` settings of [train], or `model.key=value`, over those in the file.
+    ValueError in one line for an unknown key or a bad value.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as failure:
+        raise ValueError(f"{path}: not TOML ({failure})") from None
+    known = ("preset", "model", "train")
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"{path}: unknown key {key!r}{hint}: there are {', '.join(known)}")
+    model, settings = dict(values.get("model", {})), dict(values.get("train", {}))
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ValueError(f"{change!r} is no setting: write key=value")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        if key.startswith("model."):
+            model[key.removeprefix("model.")] = value
+        else:
+            settings[key] = value
+    try:
+        base = ButterflyConfig.preset(values.get("preset", "small")).to_dict()
+        return TrainConfig.from_dict(settings), ButterflyConfig.from_dict({**base, **model})
+    except ValueError as failure:
+        raise ValueError(f"{path}: {failure}") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m butterfly_llm.train RUN.toml key=value ...`"""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            raise ValueError("usage: python -m butterfly_llm.train RUN.toml key=value ...")
+        train(*load_run(arguments[0], arguments[1:]))
+    except (ValueError, OSError) as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
