@@ -1,18 +1,277 @@
-"""Fused Triton kernels of butterfly attention (placeholder seat until engineer K's file lands; keep `status`)."""
+"""Fused butterfly attention for CUDA: two PyTorch operators around the kernels in `triton_kernels`.
+
+`butterfly::attention_fwd` and `butterfly::attention_bwd` are opaque to torch.compile, which therefore sees no
+graph break; stride and length may be symbolic. Triton is imported at the first launch, never before, so this
+module imports everywhere. With TRITON_INTERPRET=1 the same kernels run on the CPU, slowly (tests).
+
+Shapes: B batch, N characters, H query heads, K key-value heads, D head size.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
 from torch import Tensor
 
+from butterfly_llm.ops.rope import rope_table
 from butterfly_llm.routing import Topology
+
+HEAD_DIMS = (32, 64, 128)
+CHUNK_SIZES = (16, 32, 64, 128)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+_NO_STRIDE = 1 << 30  # chunks; no sequence is that long
+
+Pass = Literal["forward", "query_gradient", "key_gradient"]
 
 
 def status() -> str:
     """ "available", or the reason why the kernels cannot run here."""
-    return "not built yet"
+    if not _TRITON_FOUND:
+        return "triton is not installed"
+    if torch.cuda.is_available() or _interpreted():
+        return "available"
+    return "no CUDA device"
+
+
+def is_available() -> bool:
+    """Whether the kernels can run here."""
+    return status() == "available"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel cuts its work."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+FORCED_TILES: dict[Pass, Tiles] = {}
+"""Overrides the table below, for measurements."""
+
+
+def tiles(which: Pass, head_dim: int, dtype: torch.dtype, chunk_size: int, shared_limit: int) -> Tiles:
+    """Tile sizes of one kernel on a card with `shared_limit` bytes of shared memory per block."""
+    if which in FORCED_TILES:
+        return FORCED_TILES[which]
+    if dtype == torch.float32:  # no tensor cores: small tiles, or the products spill
+        chosen = Tiles(32, 32, 4, 1)
+    elif head_dim == 128 and shared_limit < 160 * 1024:
+        chosen = Tiles(64, 32, 4, 1) if which != "key_gradient" else Tiles(32, 64, 4, 1)
+    else:
+        chosen = Tiles(64, 64, 4, 1)
+    return Tiles(
+        min(chosen.block_m, chunk_size), min(chosen.block_n, chunk_size), chosen.num_warps, chosen.num_stages
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one block may use; BUTTERFLY_SHARED_LIMIT lowers it for tests."""
+    forced = os.environ.get("BUTTERFLY_SHARED_LIMIT")
+    if forced:
+        return int(forced)
+    if device.type != "cuda":
+        return 99 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
+
+
+@functools.lru_cache(maxsize=16)
+def _rope(chunk_size: int, head_dim: int, theta: float | None, device: torch.device) -> Tensor:
+    """cos and sin (2, 3 * chunk_size, D / 2) float32 of the positions -chunk_size..2 * chunk_size - 1."""
+    with torch.inference_mode(False):
+        positions = torch.arange(-chunk_size, 2 * chunk_size, device=device)
+        cos, sin = rope_table(positions, head_dim, theta, torch.float32)
+        return torch.stack([cos[:, 0, head_dim // 2 :], sin[:, 0, head_dim // 2 :]]).contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself if the elements of a row are adjacent, as in views into a fused projection."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launch(
+    which: Pass,
+    tensors: list[Tensor],
+    strided: list[Tensor],
+    shape: tuple[int, int, int, int, int],
+    *,
+    stride: int,
+    topology: str,
+    chunk_size: int,
+    rope_theta: float | None,
+) -> None:
+    """Run one kernel over every (block, head, batch). `strided` are the tensors whose strides it takes."""
+    from butterfly_llm.ops import triton_kernels
+
+    batch, length, num_heads, num_kv_heads, head_dim = shape
+    device, dtype = tensors[0].device, tensors[0].dtype
+    cut = tiles(which, head_dim, dtype, chunk_size, _shared_limit(device))
+    num_chunks = -(-length // chunk_size)
+    # Chunks one stride apart are numbered side by side: `step` rows of `turns` slots, some past the end.
+    step = stride if stride < num_chunks else 1
+    turns = -(-num_chunks // step)
+    over_keys = which == "key_gradient"
+    blocks = chunk_size // (cut.block_n if over_keys else cut.block_m)
+    programs = batch * turns * step * blocks * (num_kv_heads if over_keys else num_heads)
+    kernel: Any = {
+        "forward": triton_kernels.forward_kernel,
+        "query_gradient": triton_kernels.query_gradient_kernel,
+        "key_gradient": triton_kernels.key_gradient_kernel,
+    }[which]
+    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
+        kernel[(programs,)](
+            *tensors,
+            _rope(chunk_size, head_dim, rope_theta, device),
+            *(x.stride(axis) for x in strided for axis in range(3)),
+            length,
+            num_chunks,
+            min(stride, _NO_STRIDE),
+            turns,
+            step,
+            HEADS=num_heads,
+            GROUP=num_heads // num_kv_heads,
+            D=head_dim,
+            CHUNK=chunk_size,
+            BLOCK_M=cut.block_m,
+            BLOCK_N=cut.block_n,
+            SCALE=head_dim**-0.5 * math.log2(math.e),
+            TOPOLOGY=topology,
+            ROTATE=rope_theta is not None,
+            num_warps=cut.num_warps,
+            num_stages=cut.num_stages,
+        )
+
+
+@torch.library.custom_op("butterfly::attention_fwd", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, stride: int, topology: str, chunk_size: int, rope_theta: float | None
+) -> tuple[Tensor, Tensor]:
+    """o (B, N, H, D) and the natural logarithm of each row's softmax denominator, (B, H, N) float32."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    batch, length, num_heads, head_dim = q.shape
+    o = q.new_empty((batch, length, num_heads, head_dim))
+    lse = q.new_empty((batch, num_heads, length), dtype=torch.float32)
+    _launch(
+        "forward", [q, k, v, o, lse], [q, k, v], (batch, length, num_heads, k.shape[2], head_dim),
+        stride=stride, topology=topology, chunk_size=chunk_size, rope_theta=rope_theta,
+    )  # fmt: skip
+    return o, lse
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, stride: int, topology: str, chunk_size: int, rope_theta: float | None
+) -> tuple[Tensor, Tensor]:
+    batch, length, num_heads, head_dim = q.shape
+    o = q.new_empty((batch, length, num_heads, head_dim))
+    return o, q.new_empty((batch, num_heads, length), dtype=torch.float32)
+
+
+@torch.library.custom_op("butterfly::attention_bwd", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    stride: int,
+    topology: str,
+    chunk_size: int,
+    rope_theta: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (B, N, H, D), dk and dv (B, N, K, D), from the gradient of o."""
+    grad, q, k, v = _rows(grad), _rows(q), _rows(k), _rows(v)
+    o, lse = o.contiguous(), lse.contiguous()
+    batch, length, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    dq = q.new_empty((batch, length, num_heads, head_dim))
+    dk, dv = (q.new_empty((batch, length, num_kv_heads, head_dim)) for _ in range(2))
+    delta = torch.empty_like(lse)
+    shape = (batch, length, num_heads, num_kv_heads, head_dim)
+    options: dict[str, Any] = {
+        "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
+    }  # fmt: skip
+    _launch("query_gradient", [q, k, v, o, grad, lse, delta, dq], [q, k, v, grad], shape, **options)
+    _launch("key_gradient", [q, k, v, grad, lse, delta, dk, dv], [q, k, v, grad], shape, **options)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    stride: int,
+    topology: str,
+    chunk_size: int,
+    rope_theta: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(tuple(q.shape)), k.new_empty(tuple(k.shape)), v.new_empty(tuple(v.shape))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    q, k, v, o, lse = ctx.saved_tensors
+    return (*_backward(grad, q, k, v, o, lse, *ctx.options), None, None, None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
 
 
 def butterfly_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, *, stride: int, topology: Topology, chunk_size: int, rope_theta: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    stride: int,
+    topology: Topology,
+    chunk_size: int,
+    rope_theta: float | None,
 ) -> Tensor:
-    raise ValueError(f"backend triton: {status()}")
+    """q (B, N, H, D), k and v (B, N, K, D) -> (B, N, H, D) contiguous; differentiable once, deterministic.
+
+    Scores, softmax and sums are float32; rotated operands and weights are rounded to the input's dtype.
+    Views with adjacent head elements, such as slices of a fused projection, are read in place.
+    ImportError without Triton; ValueError for a device, dtype, head or chunk size that has no kernel.
+    """
+    if not _TRITON_FOUND:
+        raise ImportError("backend triton: triton is not installed (pip install triton, Linux only)")
+    if q.device.type != "cuda" and not _interpreted():
+        raise ValueError(f"backend triton: needs CUDA tensors, not {q.device.type}")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"backend triton: needs one float dtype of 16 or 32 bits, not {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if q.shape[3] not in HEAD_DIMS or chunk_size not in CHUNK_SIZES:
+        raise ValueError(
+            f"backend triton: head size {q.shape[3]} and chunk size {chunk_size}: "
+            f"choose from {HEAD_DIMS} and {CHUNK_SIZES}"
+        )
+    return cast(Tensor, _forward(q, k, v, stride, topology, chunk_size, rope_theta)[0])

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernels of butterfly attention. Import only where Triton is installed; `triton_attention` launches them.
+"""Triton kernels of butterfly attention, launched by `triton_attention`. Importing this needs Triton.
 
 Legend: c chunk, i query offset in its chunk, j key offset in its chunk, m and n blocks of queries and keys,
 p partner chunk (the one c reads), `frame` the position added to a query's offset before it is rotated: 0
@@ -69,7 +69,7 @@ def _base(x_ptr, batch, head, chunk, stride_b, stride_h, stride_n, CHUNK: tl.con
 def _load(x_ptr, stride_n, rows, left, D: tl.constexpr, BOUND: tl.constexpr):
     """(rows, D) of a chunk; zero where the sequence has ended (BOUND)."""
     x_ptrs = x_ptr + rows[:, None] * stride_n + tl.arange(0, D)[None, :]
-    if BOUND:
+    if BOUND:  # noqa: SIM108
         x = tl.load(x_ptrs, mask=rows[:, None] < left, other=0.0)
     else:
         x = tl.load(x_ptrs)
@@ -88,7 +88,7 @@ def _load_rotated(
     x_ptr, stride_n, rows, left, table_ptr, frame, CHUNK: tl.constexpr, HALF: tl.constexpr,
     BOUND: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Both halves (rows, HALF) of a chunk's rows, rotated by rows + frame in float32, in the input's dtype."""
+    """Both halves (rows, HALF) of a chunk's rows, rotated by rows + frame in float32, in their own dtype."""
     x1 = _load(x_ptr, stride_n, rows, left, HALF, BOUND)
     x2 = _load(x_ptr + HALF, stride_n, rows, left, HALF, BOUND)
     if ROTATE:
@@ -179,8 +179,8 @@ def forward_kernel(
         k_p = _base(k_ptr, batch, head // GROUP, p, stride_kb, stride_kh, stride_kn, CHUNK)
         v_p = _base(v_ptr, batch, head // GROUP, p, stride_vb, stride_vh, stride_vn, CHUNK)
         acc, top, total = _attend(
-            acc, top, total, q1, q2, i, k_p, v_p, stride_kn, stride_vn, CHUNK, length - p * CHUNK, table_ptr, SCALE,
-            D, CHUNK, BLOCK_N, False, MUTUAL, ROTATE,
+            acc, top, total, q1, q2, i, k_p, v_p, stride_kn, stride_vn, CHUNK, length - p * CHUNK, table_ptr,
+            SCALE, D, CHUNK, BLOCK_N, False, MUTUAL, ROTATE,
         )  # fmt: skip
 
     here = i < left
@@ -317,7 +317,7 @@ def key_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
     TOPOLOGY: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (B, N, Hkv, D): one program per (key block, key head, batch) gathers from both its readers."""
+    """dk and dv (B, N, Hkv, D): one program per (key block, head, batch) gathers from its two readers."""
     HALF: tl.constexpr = D // 2
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
     KV_HEADS: tl.constexpr = HEADS // GROUP
