@@ -1,0 +1,46 @@
+"""Shared pieces of the tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.model import Butterfly
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def random_model(config: ButterflyConfig, seed: int = 0) -> Butterfly:
+    """A model whose zero-initialised matrices are filled too, so that every path carries signal."""
+    torch.manual_seed(seed)
+    model = Butterfly(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def chunk_error(actual: Tensor, expected: Tensor, chunk_size: int, floor: float = 0.1) -> float:
+    """RMS error over RMS reference per chunk of dimension 1, maximum taken: one wrong chunk cannot hide.
+
+    References below `floor` count as `floor` (a query with one key has gradient zero).
+    """
+    if torch.isnan(actual).any():
+        return float("nan")
+    errors = (actual.double() - expected.double()).square().split(chunk_size, 1)
+    references = expected.double().square().split(chunk_size, 1)
+    ratios = [
+        e.mean().sqrt() / r.mean().sqrt().clamp_min(floor) for e, r in zip(errors, references, strict=True)
+    ]
+    return torch.stack(ratios).max().item()
