@@ -27,7 +27,6 @@ from butterfly_llm.ops.portable import (
     prefill_attention,
     step_attention,
 )
-from butterfly_llm.routing import Topology
 
 
 class Linear(nn.Linear):
@@ -105,10 +104,16 @@ class Layer(nn.Module):
         self.attention = Attention(config, reads_carry)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.feed_forward = FeedForward(config)
+        # Both halves around the attention see characters as rows (T, .), whatever B, N and the stride are:
+        # `Butterfly.compile_layers` puts compiled ones here that serve every layer and sequence length.
+        self.project: Callable[[Layer, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]] = Layer._project
+        self.finish: Callable[[Layer, Tensor, Tensor], Tensor] = Layer._finish
 
     def forward(self, x: Tensor, memory: Tensor | None, stride: int, backend: Backend | None) -> Tensor:
         """x (B, N, d), memory (B, N, M) or None -> (B, N, d)."""
-        q, k, v = self.attention.project(self.attention_norm(x), memory)
+        shape = x.shape[:2]
+        rows = None if memory is None else memory.flatten(0, 1)
+        q, k, v = (z.view(*shape, *z.shape[1:]) for z in self.project(self, x.flatten(0, 1), rows))
         y = butterfly_attention(
             q,
             k,
@@ -119,13 +124,13 @@ class Layer(nn.Module):
             rope_theta=self.config.rope_theta,
             backend=backend,
         )
-        return self._finish(x, y)
+        return self.finish(self, x.flatten(0, 1), y.flatten(0, 1)).view(x.shape)
 
     def prefill(
         self, x: Tensor, memory: Tensor | None, stride: int, ring: tuple[Tensor, Tensor], position: int
     ) -> Tensor:
         """`forward` for the characters `position`.. of a stream."""
-        q, k, v = self.attention.project(self.attention_norm(x), memory)
+        q, k, v = self._project(x, memory)
         y = prefill_attention(
             q,
             k,
@@ -142,7 +147,7 @@ class Layer(nn.Module):
         self, x: Tensor, memory: Tensor | None, stride: int, ring: tuple[Tensor, Tensor], position: int
     ) -> Tensor:
         """`forward` for one character: x (B, d), memory (B, M) -> (B, d)."""
-        q, k, v = self.attention.project(self.attention_norm(x), memory)
+        q, k, v = self._project(x, memory)
         y = step_attention(
             q,
             k,
@@ -155,7 +160,12 @@ class Layer(nn.Module):
         )
         return self._finish(x, y)
 
+    def _project(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., d), memory (..., M) -> q (..., H, D), k and v (..., K, D)."""
+        return self.attention.project(self.attention_norm(x), memory)
+
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (..., d), y (..., H, D) -> (..., d)."""
         x = x + self.attention.out(y.flatten(-2))
         return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
 
@@ -189,11 +199,6 @@ class CarryMerge(nn.Module):
         return carry + gate * partner
 
 
-def _merge(merge: CarryMerge, scan: Tensor, stride: int, topology: Topology, chunk_size: int) -> Tensor:
-    """One level of the scan over a whole sequence (B, N, M)."""
-    return cast(Tensor, merge(scan, partner_rows(scan, stride, topology, chunk_size)))
-
-
 class Butterfly(nn.Module):
     """A character-level language model over butterfly attention. Parameters are float32."""
 
@@ -219,8 +224,8 @@ class Butterfly(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.embed.weight)
         nn.init.zeros_(self.head.weight)
-        self._run_layer: Callable[..., Tensor] = Layer.forward
-        self._run_merge: Callable[..., Tensor] = _merge
+        self._write: Callable[[CarryWrite, Tensor], Tensor] = CarryWrite.forward
+        self._merge: Callable[[CarryMerge, Tensor, Tensor], Tensor] = CarryMerge.forward
 
     def _reads_carry(self, stage: str) -> bool:
         return stage == "butterfly" or (stage == "refine" and self.config.num_butterfly_layers > 0)
@@ -229,9 +234,16 @@ class Butterfly(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def compile_layers(self) -> None:
-        """Compile one layer for all (they differ in stride and weights only); for GPU training."""
-        self._run_layer = torch.compile(Layer.forward)
-        self._run_merge = torch.compile(_merge)
+        """Compile the parts of a layer once, for all layers and sequence lengths; for training on a GPU.
+
+        Only `forward` and `loss` use them, with one graph for each number of characters in a batch.
+        """
+        project = torch.compile(Layer._project, dynamic=False)
+        finish = torch.compile(Layer._finish, dynamic=False)
+        for layer in self.layers:
+            layer.project, layer.finish = project, finish
+        self._write = torch.compile(CarryWrite.forward, dynamic=False)
+        self._merge = torch.compile(CarryMerge.forward, dynamic=False)
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Integer ids (...) -> (..., d)."""
@@ -247,6 +259,7 @@ class Butterfly(nn.Module):
         x: Tensor,
         run_layer: Callable[[int, Tensor, Tensor | None], Tensor],
         run_merge: Callable[[int, int, Tensor], Tensor],
+        run_write: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
         """Through all layers with the carry: written at the start of a pass, merged after each level.
 
@@ -258,7 +271,7 @@ class Butterfly(nn.Module):
         merge_index = 0
         for route in self.routes:
             if len(self.writes) and route.starts_pass:
-                scan = self.writes[route.pass_index](x)
+                scan = run_write(route.pass_index, x)
             x = run_layer(route.index, x, scan if finished is None or route.pass_index == 0 else finished)
             if scan is not None and route.stage == "butterfly":
                 scan = run_merge(route.index, merge_index, scan)
@@ -274,17 +287,22 @@ class Butterfly(nn.Module):
         config = self.config
 
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
-            arguments = (self.layers[index], x, memory, self.routes[index].stride, self.backend)
+            arguments = (x, memory, self.routes[index].stride, self.backend)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                return cast(Tensor, checkpoint(self._run_layer, *arguments, use_reentrant=False))
-            return self._run_layer(*arguments)
+                return cast(Tensor, checkpoint(self.layers[index], *arguments, use_reentrant=False))
+            return cast(Tensor, self.layers[index](*arguments))
 
         def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
-            return self._run_merge(
-                self.merges[merge_index], scan, self.routes[index].stride, config.routing, config.chunk_size
-            )
+            partner = partner_rows(scan, self.routes[index].stride, config.routing, config.chunk_size)
+            merge = cast(CarryMerge, self.merges[merge_index])
+            merged = self._merge(merge, scan.flatten(0, 1), partner.flatten(0, 1))
+            return merged.view(scan.shape)
 
-        return cast(Tensor, self.norm(self._walk(self._embed(ids), run_layer, run_merge)))
+        def run_write(index: int, x: Tensor) -> Tensor:
+            write = cast(CarryWrite, self.writes[index])
+            return self._write(write, x.flatten(0, 1)).view(*x.shape[:2], -1)
+
+        return cast(Tensor, self.norm(self._walk(self._embed(ids), run_layer, run_merge, run_write)))
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, N) integers, any N >= 1 -> logits (B, N, 256) float32."""
@@ -331,6 +349,9 @@ class Butterfly(nn.Module):
         assert x is not None
         return cast(Tensor, self.head(self.norm(x[:, -1])).float())
 
+    def _stream_write(self, index: int, x: Tensor) -> Tensor:
+        return cast(Tensor, self.writes[index](x))
+
     def _prefill_slice(self, ids: Tensor, cache: Cache) -> Tensor:
         position = cache.position
 
@@ -347,7 +368,7 @@ class Butterfly(nn.Module):
             )
             return cast(Tensor, self.merges[merge_index](scan, partner))
 
-        x = self._walk(self._embed(ids), run_layer, run_merge)
+        x = self._walk(self._embed(ids), run_layer, run_merge, self._stream_write)
         cache.position = position + ids.shape[1]
         return x
 
@@ -371,6 +392,6 @@ class Butterfly(nn.Module):
             )
             return cast(Tensor, self.merges[merge_index](scan, partner))
 
-        x = self._walk(self._embed(ids), run_layer, run_merge)
+        x = self._walk(self._embed(ids), run_layer, run_merge, self._stream_write)
         cache.position = position + 1
         return cast(Tensor, self.head(self.norm(x)).float())

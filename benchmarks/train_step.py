@@ -1,0 +1,116 @@
+"""Time and memory of whole training steps on the device at hand, for each attention backend.
+
+    python benchmarks/train_step.py --preset small --chars 131072 --lengths 4096 65536
+
+Prints a table and, as its last line, one JSON object. Random text: only shapes matter here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import torch
+
+from butterfly_llm.config import ButterflyConfig, TrainConfig
+from butterfly_llm.model import Butterfly
+from butterfly_llm.ops import backends
+from butterfly_llm.optim import Optimizers
+
+
+def measure(
+    preset: str, length: int, chars: int, backend: str, steps: int, compiled: bool
+) -> dict[str, object]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = Butterfly(ButterflyConfig.preset(preset)).to(device)
+    model.compute_dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model.backend = backend  # type: ignore[assignment]
+    if compiled:
+        model.compile_layers()
+    optimizers = Optimizers(model, TrainConfig())
+    ids = torch.randint(0, 256, (chars // length, length + 1), device=device)
+    bad = torch.zeros((), dtype=torch.bool, device=device)
+
+    def wait() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    seconds = {"forward": [], "backward": [], "optimiser": []}  # type: dict[str, list[float]]
+    begin = wait()
+    first = 0.0
+    for step in range(steps + 2):
+        start = wait()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        forward = wait()
+        loss.backward()  # type: ignore[no-untyped-call]
+        backward = wait()
+        optimizers.step(1e-4, bad)
+        end = wait()
+        if step == 0:
+            first = end - begin
+        elif step >= 2:
+            for key, value in zip(
+                seconds, (forward - start, backward - forward, end - backward), strict=True
+            ):
+                seconds[key].append(value)
+    times = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
+    total = sum(times.values())
+    # 6 operations a parameter and character, and 4 * 256 keys * width * 3/4 visible, three times, in attention
+    config = model.config
+    attention = 12 * 2 * config.chunk_size * 0.75 * config.num_heads * config.head_dim * config.num_layers
+    rate = chars * (6 * model.num_parameters() + attention) / total
+    return {
+        "preset": preset,
+        "length": length,
+        "chars": chars,
+        "backend": backend,
+        "compiled": compiled,
+        "ms": {key: round(1000 * value, 1) for key, value in times.items()},
+        "chars_per_second": round(chars / total),
+        "model_tflops": round(rate / 1e12, 1),
+        "first_step_seconds": round(first, 1),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if device == "cuda" else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--chars", type=int, default=131072, help="characters in a step")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 65536])
+    parser.add_argument("--backends", nargs="+", default=["triton", "torch"])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="do not compile the layers")
+    options = parser.parse_args()
+    rows = []
+    for backend in options.backends:
+        if backends()[backend] != "available":
+            print(f"{backend}: {backends()[backend]}")
+            continue
+        for length in options.lengths:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                row = measure(
+                    options.preset, length, options.chars, backend, options.steps, not options.eager
+                )
+            except torch.OutOfMemoryError as failure:
+                print(f"{backend} at {length}: {str(failure).splitlines()[0]}")
+                continue
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    print(f"{'backend':10}{'length':>10}{'chars/s':>12}{'TFLOP/s':>10}{'first step':>12}{'peak GB':>9}")
+    for row in rows:
+        print(
+            f"{row['backend']:10}{row['length']:>10}{row['chars_per_second']:>12,}{row['model_tflops']:>10}"
+            f"{row['first_step_seconds']:>11}s{row['peak_gb'] or '-':>9}"
+        )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
