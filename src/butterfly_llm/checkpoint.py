@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -159,6 +160,23 @@ def checkpoints(run: str | Path) -> list[Path]:
     """The complete checkpoints of a run, newest first."""
     found = (Path(run) / "checkpoints").glob("step-" + "[0-9]" * 9)
     return sorted((path for path in found if (path / MANIFEST).is_file()), reverse=True)
+
+
+def newest_training(run: str | Path) -> TrainingState | None:
+    """The newest checkpoint of a run that is whole; None where there is none at all.
+
+    A damaged one gives way to the one before, with a warning; ValueError where all of them are damaged.
+    """
+    problems = []
+    for path in checkpoints(run):
+        try:
+            return load_training(path)
+        except (ValueError, OSError) as failure:
+            problems.append(str(failure))
+            warnings.warn(f"checkpoint skipped: {failure}", stacklevel=2)
+    if problems:
+        raise ValueError(f"{run}: no checkpoint is whole ({problems[0]}); train into another folder")
+    return None
 
 
 def prune(run: str | Path, keep: int) -> None:

@@ -12,15 +12,11 @@ import dataclasses
 import difflib
 import math
 import os
-import signal
 import sys
 import time
 import tomllib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +30,7 @@ from butterfly_llm.checkpoint import (
     checkpoints,
     copy_weights,
     load_training,
+    newest_training,
     prune,
     save_model,
     save_training,
@@ -44,6 +41,7 @@ from butterfly_llm.generate import generate_text
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import Optimizers, learning_rate, length_at, progress_at
 from butterfly_llm.reporting import Reporter
+from butterfly_llm.signals import StopSignals
 from butterfly_llm.text import encode
 
 Windows = npt.NDArray[np.uint8]
@@ -99,7 +97,7 @@ def train(
         transform,
     )
     try:
-        with _StopSignals() as stop:
+        with StopSignals() as stop:
             while run.progress() < 1:
                 run.advance()
                 if stop.received:
@@ -376,31 +374,6 @@ class _Run:
         )
 
 
-class _StopSignals:
-    """Notes SIGTERM and SIGINT for the next step boundary; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: signals are the caller's
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            os._exit(128 + number)
-        self.received = number
-
-
 def estimate_train_bytes(config: TrainConfig, model_config: ButterflyConfig, value_bytes: int) -> int:
     """Bytes that training takes on its device: weights, gradients, optimisers and kept activations.
 
@@ -434,7 +407,7 @@ def _device(name: str) -> torch.device:
 
 
 def _find_state(config: TrainConfig) -> TrainingState | None:
-    """The checkpoint `config.resume` means; a damaged one gives way to the one before, with a warning."""
+    """The checkpoint that `config.resume` means, None to start anew."""
     there = checkpoints(config.out)
     if config.resume == "never":
         if there:
@@ -442,16 +415,7 @@ def _find_state(config: TrainConfig) -> TrainingState | None:
         return None
     if config.resume != "auto":
         return load_training(config.resume)
-    problems = []
-    for path in there:
-        try:
-            return load_training(path)
-        except (ValueError, OSError) as failure:
-            problems.append(str(failure))
-            warnings.warn(f"checkpoint skipped: {failure}", stacklevel=2)
-    if problems:
-        raise ValueError(f"train: no checkpoint in {config.out} is whole ({problems[0]}); choose another out")
-    return None
+    return newest_training(config.out)
 
 
 def _refuse_changes(config: TrainConfig, model_config: ButterflyConfig, state: TrainingState) -> None:
