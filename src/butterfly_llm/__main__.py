@@ -1,0 +1,3 @@
+from butterfly_llm.cli import main
+
+main()

@@ -1,0 +1,400 @@
+"""The command line: what goes to stdout, one-line errors with exit code 2, nothing slow in --help."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from butterfly_llm import __version__
+from butterfly_llm.checkpoint import save_model
+from butterfly_llm.cli import main
+from butterfly_llm.config import PRESETS, ButterflyConfig, SamplingConfig, TrainConfig
+from butterfly_llm.generate import generate_text
+from conftest import random_model
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
+    "OMP_NUM_THREADS": "1",
+    "PYTHONIOENCODING": "utf-8",
+    "COLUMNS": "100",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A second thread only costs on models this small, dearly so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = random_model(ButterflyConfig.preset("micro"))
+    with torch.no_grad():
+        model.head.weight[0] = 0  # no character that ends the document, so that lengths are known
+        model.head.weight *= 3
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    save_model(model, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "source.py"
+    path.write_text("def f(x):\n    return x + 1\n" * 20)
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def python(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, **options,
+    )  # fmt: skip
+
+
+def test_generate_writes_the_text_and_nothing_else_to_stdout(run, model, checkpoint):
+    code, out, err = run(
+        "generate", "--context", "--prompt", "def main(", "--max-chars", 30, "--temperature", 0.7,
+        "--seed", 5, "--top-k", 50, "--top-p", 0.9, "--repetition-penalty", 1.1, "--model", checkpoint,
+    )  # fmt: skip
+    sampling = SamplingConfig(temperature=0.7, seed=5, top_k=50, top_p=0.9, repetition_penalty=1.1)
+    text = "".join(generate_text(model, list(b"def main("), sampling=sampling, max_chars=30))
+    assert (code, out) == (0, text)
+    assert err.startswith("read 9 characters at ") and "wrote 30 at" in err and "state" in err
+
+
+def test_generate_reads_context_files_before_the_prompt(run, model, checkpoint, source):
+    code, out, err = run(
+        "generate", "--context", source, "--prompt", "def ", "--max-chars", 10, "--model", checkpoint
+    )
+    document = b"==> source.py <==\n" + Path(source).read_bytes() + b"def "
+    assert (code, out) == (0, "".join(generate_text(model, list(document), max_chars=10)))
+    assert f"context: {len(document) - 4} characters of 1 files" in err
+    cut = run(
+        "generate", "--context", source, "--context-chars", 7, "--prompt", "x", "--max-chars", 10,
+        "--model", checkpoint,
+    )  # fmt: skip
+    assert cut[1] == "".join(generate_text(model, list(document[-11:-4] + b"x"), max_chars=10))
+    assert f"{len(document) - 11} characters before them left out" in cut[2]
+
+
+def test_generate_reads_its_own_source_by_default(run, checkpoint):
+    code, _, err = run("generate", "--max-chars", 1, "--context-chars", 300, "--model", checkpoint)
+    assert code == 0 and "this package's source: 300 characters" in err and "read 300 characters" in err
+
+
+def test_generate_stops_at_stop_strings(run, checkpoint):
+    arguments = ("generate", "--context", "--prompt", "x", "--max-chars", 40, "--model", checkpoint)
+    _, text, _ = run(*arguments)
+    code, out, err = run(*arguments, "--stop", text[10:13])
+    assert code == 0 and out == text[: text.index(text[10:13])] and "a stop string ended it" in err
+
+
+def test_generate_in_utf8(run, checkpoint):
+    code, _, err = run(
+        "generate",
+        "--context",
+        "--prompt",
+        "€",
+        "--encoding",
+        "utf-8",
+        "--max-chars",
+        1,
+        "--model",
+        checkpoint,
+    )
+    assert code == 0 and "read 3 characters" in err
+    code, _, err = run(
+        "generate",
+        "--context",
+        "--prompt",
+        "€",
+        "--errors",
+        "replace",
+        "--max-chars",
+        1,
+        "--model",
+        checkpoint,
+    )
+    assert code == 0 and "read 1 characters" in err
+
+
+def test_generate_hides_control_characters_from_a_terminal(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    _, out, _ = run("generate", "--context", "--prompt", "x", "--max-chars", 300, "--model", checkpoint)
+    assert len(out) == 301 and out.endswith("\n")
+    assert not {chr(c) for c in (*range(9), *range(11, 32), *range(127, 160))} & set(out)
+
+
+def test_eval_prints_a_table_or_one_line_of_json(run, checkpoint, source):
+    code, out, _ = run("eval", "--model", checkpoint, source)
+    assert code == 0 and "source.py" in out and "xz -9e" in out
+    code, out, _ = run("eval", "--model", checkpoint, "--json", "--context", 64, "--max-chars", 100, source)
+    result = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert (result["context"], result["chars"]) == (64, 100)
+    assert 0 < result["bits_per_char"] < 30 and result["xz"] > 0
+
+
+def test_prepare_train_eval_generate_in_one_go(run, tmp_path, source):
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.py").write_text(f"# {name}\n" + Path(source).read_text())
+    corpus, out = tmp_path / "corpus", tmp_path / "run"
+    code, stdout, _ = run(
+        "prepare", tmp_path / "one", tmp_path / "two", tmp_path / "three", "--out", corpus, "--holdout", "two"
+    )
+    assert (code, stdout) == (0, f"{corpus}\n")
+    toml = tmp_path / "run.toml"
+    toml.write_text(
+        'preset = "micro"\n[model]\nnum_passes = 1\n[train]\nsteps = 5\nbatch_chars = 256\n'
+        "lengths = [[1.0, 128]]\nval_chars = 128\n"
+    )
+    code, stdout, _ = run("train", toml, "--corpus", corpus, "--out", out, "--steps", 2, "--device", "cpu")
+    assert (code, stdout) == (0, f"{out}\n")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
+    code, stdout, _ = run("eval", "--json", "--model", out, corpus)
+    assert code == 0 and [d["name"] for d in json.loads(stdout)["documents"]] == ["two"]
+    code, stdout, _ = run("info", "--json", "--model", out)
+    config = json.loads(stdout)["models"][str(out)]["config"]
+    assert code == 0 and config == ButterflyConfig.preset("micro", num_passes=1).to_dict()
+
+
+def test_train_takes_preset_and_settings_as_flags(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr("butterfly_llm.train.train", lambda *configs: seen.append(configs))
+    code, _, err = run(
+        "train", "--preset", "tiny", "--model.num-heads", 2, "--model.num-kv-heads", 1, "--steps", 7,
+        "--lengths", 0.5, 1024, 1.0, 4096, "--max-seconds", 60,
+    )  # fmt: skip
+    assert code == 0, err
+    assert seen == [
+        (
+            TrainConfig(steps=7, lengths=((0.5, 1024), (1.0, 4096)), max_seconds=60),
+            ButterflyConfig.preset("tiny", num_heads=2, num_kv_heads=1),
+        )
+    ]
+
+
+def test_info_describes_machine_presets_and_checkpoints(run, model, checkpoint):
+    code, out, _ = run("info")
+    assert code == 0 and f"butterfly-llm {__version__}" in out and "device cpu" in out
+    assert all(f"model {name}: " in out for name in PRESETS)
+    code, out, _ = run("info", "--json", "--preset", "micro", "--model", checkpoint)
+    facts = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert facts["versions"]["torch"] == torch.__version__ and facts["backends"]["torch"] == "available"
+    for name in ("micro", checkpoint):
+        described = facts["models"][name]
+        assert described["parameters"] == model.num_parameters()
+        assert described["reach_chars"] == 128
+        assert described["state_bytes_float32"] == model.new_cache().nbytes
+
+
+@pytest.mark.parametrize("options", [["--help"], ["-h"], []])
+def test_help_names_every_command(run, options):
+    code, out, _ = run(*options)
+    assert code == 0
+    assert all(name in out for name in ("prepare", "train", "generate", "eval", "plot", "info"))
+
+
+def test_field_docstrings_are_the_help_of_a_flag(run):
+    _, out, _ = run("generate", "--help")
+    assert "--top-p" in out and "smallest set of characters" in " ".join(out.replace("│", "").split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["generate", "--help"], ["train", "--help"]]
+)
+def test_help_does_not_import_torch(arguments):
+    program = (
+        "import sys\nfrom butterfly_llm.cli import main\n"
+        f"try:\n    main({arguments})\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    process = python("-c", program)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
+def test_version_and_module_entry_point():
+    process = python("-m", "butterfly_llm", "--version")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, f"butterfly {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("genrate", "unknown command 'genrate' (did you mean 'generate'?): there are prepare,"),
+        ("generate --temprature 1", "--temprature, 1 (did you mean --temperature?)"),
+        ("generate --temperature -1", "sampling: temperature must be 0 or above, not -1.0"),
+        ("generate --max-chars x", "--max-chars"),
+        ("generate --max-chars -1 --context --prompt x", "--max-chars"),
+        ("generate --encoding ebcdic", "'ebcdic'"),
+        ("generate --context", "context and prompt are both empty"),
+        ("generate --context EMPTY", "no text in EMPTY"),
+        ("generate --context nosuch", "nosuch"),
+        ("generate --context --prompt €", "outside Latin-1; use --errors replace or --encoding utf-8"),
+        ("generate --context --prompt x --stop € --model MODEL", "stop string: line 1, column 1"),
+        ("generate --context --prompt x --model nosuch", "nosuch"),
+        ("generate --context --prompt x --model DAMAGED", "DAMAGED"),
+        ("generate --context --prompt x --model EMPTYDIR", "EMPTYDIR"),
+        ("generate --context --prompt x --device tpu", "device 'tpu': use auto, cpu, cuda or cuda:N"),
+        ("eval --model MODEL", "no text"),
+        ("eval --model MODEL nosuch.txt", "nosuch.txt: No such file or directory"),
+        ("eval --model MODEL EMPTY", "EMPTY is empty"),
+        ("eval --model MODEL --context 0 README", "context must be at least 1"),
+        ("eval --model MODEL --max-chars 0 README", "--max-chars must be at least 1"),
+        ("eval --model nosuch README", "nosuch"),
+        ("prepare README", "--out"),
+        ("prepare nosuch --out corpus", "nosuch: no such file or directory"),
+        ("prepare --out corpus", "no input"),
+        ("train --preset smal", "unknown preset 'smal' (did you mean 'small'?)"),
+        ("train nosuch.toml", "nosuch.toml: No such file or directory"),
+        ("train BAD.toml", "BAD.toml"),
+        ("train RUN.toml --preset tiny", "leave --preset out"),
+        ("train --preset micro --corpus nosuch", "nosuch"),
+        ("train --preset micro --steps 0", "steps must be a whole number from 1 up"),
+        ("train --preset micro --model.num-heads 3", "num_kv_heads 2 must divide num_heads 3"),
+        ("plot loss --out x.png", "--metrics"),
+        ("plot routing --out x.bmp", ".png or .svg"),
+        ("plot loss --out x.png --metrics nosuch", "nosuch: No such file or directory"),
+        ("plot loss --out x.png --metrics BAD.toml", "BAD.toml"),
+        ("plot loss --out x.png --metrics EMPTY", "EMPTY"),
+        ("info --preset nosuch", "unknown preset 'nosuch'"),
+        ("info --model nosuch", "nosuch"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("README").write_text("some text\n")
+    Path("EMPTY").write_bytes(b"")
+    Path("EMPTYDIR").mkdir()
+    Path("BAD.toml").write_text("steps =")
+    Path("RUN.toml").write_text('preset = "micro"')
+    Path("DAMAGED").mkdir()
+    for file in Path(checkpoint).iterdir():
+        Path("DAMAGED", file.name).write_bytes(file.read_bytes())
+    weights = next(Path("DAMAGED").glob("*.safetensors"))
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes((data[-1] ^ 1,)))
+    words = [checkpoint if word == "MODEL" else word for word in arguments.split()]
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("butterfly: error: ") and err.count("\n") == 1, err
+    assert message in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_wrong_options_are_one_line_on_every_terminal(encoding, columns):
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": encoding, "COLUMNS": columns}
+    result = subprocess.run(
+        [sys.executable, "-m", "butterfly_llm", "generate", "--temprature", "1"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    expected = "butterfly: error: Unrecognized options: --temprature, 1 (did you mean --temperature?)\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", expected)
+
+
+def test_unreadable_files_are_one_line(run, checkpoint, tmp_path, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    text = tmp_path / "text"
+    text.write_text("x")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    code, _, err = run("eval", "--model", checkpoint, text)
+    assert (code, err) == (2, f"butterfly: error: {text}: Permission denied\n")
+
+
+def test_a_directory_in_place_of_a_file_is_one_line(run, tmp_path):
+    code, _, err = run("plot", "loss", "--out", tmp_path / "x.png", "--metrics", tmp_path)
+    assert (code, err) == (2, f"butterfly: error: {tmp_path}: Is a directory\n")
+
+
+def test_out_of_memory_is_one_line(run, checkpoint, monkeypatch):
+    monkeypatch.setattr("butterfly_llm.memory.available_bytes", lambda device="cpu": 1000)
+    code, _, err = run("generate", "--context", "--prompt", "x", "--model", checkpoint)
+    assert code == 2 and err.count("\n") == 1 and "1.0 KB are free" in err
+    for error in (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), MemoryError()):
+
+        def fail(*_, _error=error):
+            raise _error
+
+        monkeypatch.setattr("butterfly_llm.cli._load", fail)
+        code, _, err = run("generate", "--context", "--prompt", "x", "--model", checkpoint)
+        assert code == 2 and err.count("\n") == 1 and "out of memory" in err
+
+
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
+    monkeypatch.setattr("butterfly_llm.cli._load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("generate", "--context", "--prompt", "x")
+
+
+def test_ctrl_c_exits_130_without_a_traceback(checkpoint):
+    process = python(
+        "-m", "butterfly_llm", "generate", "--context", "--prompt", "x", "--max-chars", "1000000",
+        "--model", checkpoint,
+    )  # fmt: skip
+    assert process.stdout.read(5)  # it is writing
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "interrupted\n"
+
+
+def test_a_reader_that_leaves_ends_the_text_silently(checkpoint):
+    process = python(
+        "-m", "butterfly_llm", "generate", "--context", "--prompt", "x", "--max-chars", "1000000",
+        "--model", checkpoint,
+    )  # fmt: skip
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 141
+
+
+def test_text_appears_while_it_is_written(checkpoint):
+    process = python(
+        "-u", "-m", "butterfly_llm", "generate", "--context", "--prompt", "x", "--max-chars", "1000000",
+        "--model", checkpoint,
+    )  # fmt: skip
+    try:
+        assert len(process.stdout.read(1)) == 1
+        time.sleep(0.05)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
