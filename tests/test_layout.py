@@ -1,0 +1,139 @@
+"""The layers of the code (design, section 6): who may import whom, and how long a file may be."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "butterfly_llm"
+MAX_LINES = 600
+# A module imports strictly lower ranks only; ops/ is one room, whose modules may import each other.
+RANKS = {
+    "config": 0, "text": 0, "memory": 0, "archives": 0, "licenses": 0, "signals": 0, "signals": 0,
+    "routing": 1, "data": 1,
+    "ops": 2, "cache": 2,
+    "model": 3,
+    "checkpoint": 4, "generate": 4, "evaluate": 4, "optim": 4, "reporting": 4,
+    "train": 5, "plot": 5,
+    "cli": 6,
+    "__main__": 7,
+}  # fmt: skip
+OPTIONAL = ("matplotlib", "zstandard", "triton", "hypothesis", "pytest", "PIL")
+KERNELS = ("ops/triton_kernels.py",)  # programs in an optional package, imported when they are first run
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    """Module name below the package; everything in a folder is that folder's room."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(source: str, path: Path) -> Iterator[tuple[int, str]]:
+    """(line, room) of every import of this package, lazy ones too; room '' is the package itself."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["butterfly_llm", *path.relative_to(PACKAGE).parts]
+            start = above[: len(above) - node.level] if node.level else []
+            module = start + (node.module.split(".") if node.module else [])
+            names = [[*module, alias.name] for alias in node.names]
+        else:
+            continue
+        for parts in names:
+            if parts[0] == "butterfly_llm":
+                room = parts[1] if len(parts) > 1 else ""
+                yield node.lineno, room if room in RANKS else ""
+
+
+def violations(source: str, path: Path) -> list[str]:
+    room, found = room_of(path), []
+    for line, other in imported_rooms(source, path):
+        if room == "__init__":
+            continue  # the front door hands out names from all rooms
+        if other == "":
+            # `butterfly_llm` itself reaches every room: for those who sit above all of them.
+            allowed = RANKS[room] >= RANKS["cli"]
+        else:
+            allowed = RANKS[other] < RANKS[room] or (room == other == "ops")
+        if not allowed:
+            found.append(f"{path.relative_to(PACKAGE)}:{line}: {room} imports {other or 'the package'}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_only_lower_ranks(path):
+    room = room_of(path)
+    assert room == "__init__" or room in RANKS, f"{room} has no rank: give it one"
+    assert violations(path.read_text(encoding="utf-8"), path) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "where"),
+    [
+        ("from butterfly_llm.train import train", "model.py"),
+        ("import butterfly_llm.model", "model.py"),
+        ("from butterfly_llm import cli", "train.py"),
+        ("from butterfly_llm import load_pretrained", "train.py"),
+        ("from . import model", "ops/portable.py"),
+        ("from .. import model", "ops/portable.py"),
+        ("from ..model import Butterfly", "ops/portable.py"),
+        ("from .model import Butterfly", "cache.py"),
+        ("def f():\n    from butterfly_llm.cache import Cache", "routing.py"),
+    ],
+)
+def test_the_rule_sees_a_violation(source, where):
+    # `from . import model` in ops/ means ops.model: allowed there, and nowhere else.
+    expected = 0 if source == "from . import model" else 1
+    assert len(violations(source, PACKAGE / where)) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "where"),
+    [
+        ("from butterfly_llm.ops.portable import x", "model.py"),
+        ("from .portable import x", "ops/reference.py"),
+        ("from butterfly_llm import memory", "cache.py"),
+        ("from butterfly_llm import __version__", "cli.py"),
+        ("import torch", "config.py"),
+    ],
+)
+def test_the_rule_lets_the_rest_pass(source, where):
+    assert violations(source, PACKAGE / where) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_is_too_long(path):
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_LINES, f"{path.name} has {lines} lines: split it"
+
+
+def test_every_module_imports_without_the_optional_packages():
+    modules = [
+        ".".join(("butterfly_llm", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in FILES
+        if path.name not in ("__init__.py", "__main__.py") and not path.match(*KERNELS)
+    ]
+    program = (
+        "import importlib, sys\n"
+        f"for name in {OPTIONAL}: sys.modules[name] = None\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+    )
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1", "PATH": ""}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_light_modules_do_not_import_torch():
+    program = (
+        "import sys\n"
+        "import butterfly_llm, butterfly_llm.config, butterfly_llm.text, butterfly_llm.routing\n"
+        "import butterfly_llm.data, butterfly_llm.cli, butterfly_llm.plot\n"
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules\n"
+    )
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "PATH": ""}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
