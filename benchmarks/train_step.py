@@ -58,7 +58,7 @@ def measure(
                 seconds[key].append(value)
     times = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
     total = sum(times.values())
-    # 6 operations a parameter and character, and 4 * 256 keys * width * 3/4 visible, three times, in attention
+    # 6 operations a parameter and character; attention: 4 * 256 keys * width, 3/4 of them visible, 3 times
     config = model.config
     attention = 12 * 2 * config.chunk_size * 0.75 * config.num_heads * config.head_dim * config.num_layers
     rate = chars * (6 * model.num_parameters() + attention) / total

@@ -250,13 +250,13 @@ def prepare(
     """Turn directories, files and archives into a corpus in `out_dir`.
 
     Each path is one project, or, with `projects="children"`, each child of a directory is. Held out for
-    validation are the projects named in `holdout`, else those whose name hashes below `val_fraction` (at least
-    one of two or more). A file that occurs twice in the whole corpus is kept once, in validation first. After
-    each file `progress(project, characters)` gets the characters written so far. The corpus appears under its
-    names only when all is written.
+    validation are the projects named in `holdout`, else those whose name hashes below `val_fraction` (at
+    least one of two or more). A file that occurs twice in the whole corpus is kept once, in validation
+    first. After each file `progress(project, characters)` gets the characters written so far. The corpus
+    appears under its names only when all is written.
 
-    Raises ValueError for missing paths, no text at all, unknown `holdout` names, a corpus already there (unless
-    `overwrite`), or a character outside Latin-1 under `errors="strict"`.
+    Raises ValueError for missing paths, no text at all, unknown `holdout` names, a corpus already there
+    (unless `overwrite`), or a character outside Latin-1 under `errors="strict"`.
     """
     out = Path(out_dir)
     rules = rules or FileRules()

@@ -240,7 +240,7 @@ class Butterfly(nn.Module):
         """
         project = torch.compile(Layer._project, dynamic=False)
         finish = torch.compile(Layer._finish, dynamic=False)
-        for layer in self.layers:
+        for layer in cast("list[Layer]", self.layers):
             layer.project, layer.finish = project, finish
         self._write = torch.compile(CarryWrite.forward, dynamic=False)
         self._merge = torch.compile(CarryMerge.forward, dynamic=False)

@@ -1,9 +1,10 @@
 # mypy: ignore-errors
 """Triton kernels of butterfly attention, launched by `triton_attention`. Importing this needs Triton.
 
-Legend: c chunk, i query offset in its chunk, j key offset in its chunk, m and n blocks of queries and keys,
-p partner chunk (the one c reads), `frame` the position added to a query's offset before it is rotated: 0
-against the own chunk, +CHUNK against an earlier partner, -CHUNK against a later one. A key is rotated by j.
+Legend: c chunk, i query offset in its chunk, j key offset in its chunk, m and n the first of a block of queries
+or keys, `shift` how far the other chunk stands from the own one in relative positions: -CHUNK for an earlier
+chunk, +CHUNK for a later one, whatever the stride. With it one causal rule serves both chunks of a pair: a key
+at j + shift is seen by a query at i >= j + shift. So each kernel is one loop over the blocks of own and other.
 
 Every tile that is rotated is held as two halves of the head, so a rotation needs no exchange between lanes
 and a score is the sum of two products. Row indices inside a chunk are int32, everything above them int64.
@@ -59,40 +60,34 @@ def _reader(c, stride, num_chunks, TOPOLOGY: tl.constexpr):
 
 
 @triton.jit
-def _base(x_ptr, batch, head, chunk, stride_b, stride_h, stride_n, CHUNK: tl.constexpr):
-    """Pointer to the first element of a chunk's first row."""
+def _chunk_pointer(x_ptr, batch, head, chunk, stride_b, stride_n, stride_h, CHUNK: tl.constexpr):
+    """Pointer to a chunk's first row."""
     first = chunk.to(tl.int64) * CHUNK
-    return x_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + first * stride_n
+    return x_ptr + batch.to(tl.int64) * stride_b + first * stride_n + head.to(tl.int64) * stride_h
 
 
 @triton.jit
-def _load(x_ptr, stride_n, rows, left, D: tl.constexpr, BOUND: tl.constexpr):
-    """(rows, D) of a chunk; zero where the sequence has ended (BOUND)."""
+def _load(x_ptr, stride_n, rows, left, D: tl.constexpr):
+    """(rows, D) of a chunk; zero where the sequence has ended."""
     x_ptrs = x_ptr + rows[:, None] * stride_n + tl.arange(0, D)[None, :]
-    if BOUND:  # noqa: SIM108
-        x = tl.load(x_ptrs, mask=rows[:, None] < left, other=0.0)
-    else:
-        x = tl.load(x_ptrs)
-    return x
-
-
-@triton.jit
-def _angles(table_ptr, positions, CHUNK: tl.constexpr, HALF: tl.constexpr):
-    """cos and sin (positions, HALF) float32; the table starts at position -CHUNK."""
-    entries = table_ptr + (positions + CHUNK)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    return tl.load(entries), tl.load(entries + 3 * CHUNK * HALF)
+    return tl.load(x_ptrs, mask=rows[:, None] < left, other=0.0)
 
 
 @triton.jit
 def _load_rotated(
-    x_ptr, stride_n, rows, left, table_ptr, frame, CHUNK: tl.constexpr, HALF: tl.constexpr,
-    BOUND: tl.constexpr, ROTATE: tl.constexpr,
+    x_ptr, stride_n, rows, left, table_ptr, shift,
+    CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Both halves (rows, HALF) of a chunk's rows, rotated by rows + frame in float32, in their own dtype."""
-    x1 = _load(x_ptr, stride_n, rows, left, HALF, BOUND)
-    x2 = _load(x_ptr + HALF, stride_n, rows, left, HALF, BOUND)
+    """Both halves (rows, HALF) of a chunk's rows, rotated by rows + shift in float32, in their own dtype.
+
+    The table (2, 3 * CHUNK, HALF) float32 holds cos and sin and starts at position -CHUNK.
+    """
+    x1 = _load(x_ptr, stride_n, rows, left, HALF)
+    x2 = _load(x_ptr + HALF, stride_n, rows, left, HALF)
     if ROTATE:
-        cos, sin = _angles(table_ptr, rows + frame, CHUNK, HALF)
+        entries = table_ptr + (rows + shift + CHUNK)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        cos = tl.load(entries)
+        sin = tl.load(entries + 3 * CHUNK * HALF)
         y1 = x1.to(tl.float32) * cos - x2.to(tl.float32) * sin
         y2 = x2.to(tl.float32) * cos + x1.to(tl.float32) * sin
         x1 = y1.to(x1.dtype)
@@ -101,10 +96,24 @@ def _load_rotated(
 
 
 @triton.jit
-def _store_halves(x_ptr, stride_n, rows, left, x1, x2, HALF: tl.constexpr):
+def _store_unrotated(
+    x_ptr, stride_n, rows, left, x1, x2, table_ptr,
+    CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Stores both halves of a gradient, turned back by rows."""
+    y1 = x1
+    y2 = x2
+    if ROTATE:
+        # The cache modifier is the default one. It keeps the compiler from merging these loads with equal ones
+        # before the loop and holding them in registers all through it.
+        entries = table_ptr + (rows + CHUNK)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        cos = tl.load(entries, cache_modifier=".ca")
+        sin = tl.load(entries + 3 * CHUNK * HALF, cache_modifier=".ca")
+        y1 = x1 * cos + x2 * sin
+        y2 = x2 * cos - x1 * sin
     x_ptrs = x_ptr + rows[:, None] * stride_n + tl.arange(0, HALF)[None, :]
-    tl.store(x_ptrs, x1.to(x_ptr.dtype.element_ty), mask=rows[:, None] < left)
-    tl.store(x_ptrs + HALF, x2.to(x_ptr.dtype.element_ty), mask=rows[:, None] < left)
+    tl.store(x_ptrs, y1.to(x_ptr.dtype.element_ty), mask=rows[:, None] < left)
+    tl.store(x_ptrs + HALF, y2.to(x_ptr.dtype.element_ty), mask=rows[:, None] < left)
 
 
 @triton.jit
@@ -117,31 +126,6 @@ def _dot_add(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
-def _attend(
-    acc, top, total, q1, q2, i, k_ptr, v_ptr, stride_kn, stride_vn, end, left, table_ptr, SCALE: tl.constexpr,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, BOUND: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """Online softmax of one query block over the keys 0..end of one chunk. SCALE includes log2(e)."""
-    for n in range(0, end, BLOCK_N):
-        j = n + tl.arange(0, BLOCK_N)
-        k1, k2 = _load_rotated(k_ptr, stride_kn, j, left, table_ptr, 0, CHUNK, D // 2, BOUND, ROTATE)
-        v = _load(v_ptr, stride_vn, j, left, D, BOUND)
-        s = _dot_add(q2, tl.trans(k2), _dot(q1, tl.trans(k1))) * SCALE
-        if CAUSAL:  # also hides keys past the end from every real query
-            s = tl.where(i[:, None] >= j[None, :], s, float("-inf"))
-        elif BOUND:
-            s = tl.where(j[None, :] < left, s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))  # finite: the first block holds a key for every row
-        shrink = tl.exp2(top - higher)
-        p = tl.exp2(s - higher[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        acc = _dot_add(p.to(v.dtype), v, acc * shrink[:, None])
-        top = higher
-    return acc, top, total
-
-
 @triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr,
@@ -151,68 +135,53 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
     TOPOLOGY: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """o (B, N, H, D) and lse (B, H, N), natural logarithm: one program per (query block, head, batch)."""
+    """o (B, N, H, D) and lse (B, H, N), in powers of 2: one program per (query block, head, batch).
+
+    SCALE includes log2(e), here and below.
+    """
     HALF: tl.constexpr = D // 2
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
     c, block, head, batch = _place(turns, step, HEADS, CHUNK // BLOCK_M)
     left = length - c * CHUNK
     if (c >= num_chunks) | (block * BLOCK_M >= left):
         return
+    p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
+    kv_head = head // GROUP
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_c = _base(q_ptr, batch, head, c, stride_qb, stride_qh, stride_qn, CHUNK)
-    k_c = _base(k_ptr, batch, head // GROUP, c, stride_kb, stride_kh, stride_kn, CHUNK)
-    v_c = _base(v_ptr, batch, head // GROUP, c, stride_vb, stride_vh, stride_vn, CHUNK)
+    q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
+    q1, q2 = _load_rotated(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
-    q1, q2 = _load_rotated(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, True, ROTATE)
-    end = CHUNK if MUTUAL else (block + 1) * BLOCK_M
-    acc, top, total = _attend(
-        acc, top, total, q1, q2, i, k_c, v_c, stride_kn, stride_vn, end, left, table_ptr, SCALE,
-        D, CHUNK, BLOCK_N, not MUTUAL, True, ROTATE,
-    )  # fmt: skip
-    p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
-    if exists:
-        frame = tl.where(p < c, CHUNK, -CHUNK)
-        q1, q2 = _load_rotated(q_c, stride_qn, i, left, table_ptr, frame, CHUNK, HALF, True, ROTATE)
-        k_p = _base(k_ptr, batch, head // GROUP, p, stride_kb, stride_kh, stride_kn, CHUNK)
-        v_p = _base(v_ptr, batch, head // GROUP, p, stride_vb, stride_vh, stride_vn, CHUNK)
-        acc, top, total = _attend(
-            acc, top, total, q1, q2, i, k_p, v_p, stride_kn, stride_vn, CHUNK, length - p * CHUNK, table_ptr,
-            SCALE, D, CHUNK, BLOCK_N, False, MUTUAL, ROTATE,
-        )  # fmt: skip
-
-    here = i < left
-    o_row = (batch.to(tl.int64) * length + c * CHUNK) * HEADS + head  # row of (B * N * H, D)
-    o_ptrs = o_ptr + o_row * D + i[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
-    tl.store(o_ptrs, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=here[:, None])
-    lse_row = (batch.to(tl.int64) * HEADS + head) * length + c * CHUNK
-    tl.store(lse_ptr + lse_row + i, (top + tl.log2(total)) * 0.6931471805599453, mask=here)
-
-
-@triton.jit
-def _query_gradient(
-    dq1, dq2, q1, q2, do, lse, delta, i, k_ptr, v_ptr, stride_kn, stride_vn, end, left, table_ptr,
-    SCALE: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, BOUND: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """Adds the keys 0..end of one chunk to the gradient of one block of rotated queries."""
-    for n in range(0, end, BLOCK_N):
-        j = n + tl.arange(0, BLOCK_N)
-        k1, k2 = _load_rotated(k_ptr, stride_kn, j, left, table_ptr, 0, CHUNK, D // 2, BOUND, ROTATE)
-        v = _load(v_ptr, stride_vn, j, left, D, BOUND)
+    own_keys = CHUNK if MUTUAL else tl.cdiv((block + 1) * BLOCK_M, BLOCK_N) * BLOCK_N
+    for t in range(0, own_keys + tl.where(exists, CHUNK, 0), BLOCK_N):
+        own = t < own_keys
+        s_chunk = tl.where(own, c, p)
+        shift = tl.where(own, 0, tl.where(p < c, -CHUNK, CHUNK))
+        s_left = length - s_chunk * CHUNK
+        j = tl.where(own, t, t - own_keys) + tl.arange(0, BLOCK_N)
+        k_s = _chunk_pointer(k_ptr, batch, kv_head, s_chunk, stride_kb, stride_kn, stride_kh, CHUNK)
+        v_s = _chunk_pointer(v_ptr, batch, kv_head, s_chunk, stride_vb, stride_vn, stride_vh, CHUNK)
+        k1, k2 = _load_rotated(k_s, stride_kn, j, s_left, table_ptr, shift, CHUNK, HALF, ROTATE)
+        v = _load(v_s, stride_vn, j, s_left, D)
         s = _dot_add(q2, tl.trans(k2), _dot(q1, tl.trans(k1)))
-        p = tl.exp2(s * SCALE - lse[:, None])
-        if CAUSAL:
-            p = tl.where(i[:, None] >= j[None, :], p, 0.0)
-        elif BOUND:
-            p = tl.where(j[None, :] < left, p, 0.0)
-        dp = _dot(do, tl.trans(v))
-        ds = (p * (dp - delta[:, None])).to(k1.dtype)
-        dq1 = _dot_add(ds, k1, dq1)
-        dq2 = _dot_add(ds, k2, dq2)
-    return dq1, dq2
+        if MUTUAL:
+            s = tl.where(j[None, :] < s_left, s, float("-inf"))
+        else:  # hides keys past the end too, from every real query
+            s = tl.where(i[:, None] >= (j + shift)[None, :], s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1) * SCALE)  # finite: the first block holds a key for every row
+        shrink = tl.exp2(top - higher)
+        w = tl.exp2(s * SCALE - higher[:, None])
+        total = total * shrink + tl.sum(w, 1)
+        acc = _dot_add(w.to(v.dtype), v, acc * shrink[:, None])
+        top = higher
+
+    row = (batch.to(tl.int64) * length + c * CHUNK) * HEADS + head  # row of (B * N * H, D)
+    o_ptrs = o_ptr + row * D + i[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    tl.store(o_ptrs, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=i[:, None] < left)
+    lse_row = (batch.to(tl.int64) * HEADS + head) * length + c * CHUNK
+    tl.store(lse_ptr + lse_row + i, top + tl.log2(total), mask=i < left)
 
 
 @triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
@@ -232,79 +201,48 @@ def query_gradient_kernel(
     left = length - c * CHUNK
     if (c >= num_chunks) | (block * BLOCK_M >= left):
         return
+    p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
+    kv_head = head // GROUP
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    here = i < left
     row = (batch.to(tl.int64) * length + c * CHUNK) * HEADS + head  # row of (B * N * H, D)
     lse_row = (batch.to(tl.int64) * HEADS + head) * length + c * CHUNK
-    do = _load(
-        _base(do_ptr, batch, head, c, stride_gb, stride_gh, stride_gn, CHUNK), stride_gn, i, left, D, True
-    )
-    o = _load(o_ptr + row * D, HEADS * D, i, left, D, True)
+    do_c = _chunk_pointer(do_ptr, batch, head, c, stride_gb, stride_gn, stride_gh, CHUNK)
+    do = _load(do_c, stride_gn, i, left, D)
+    o = _load(o_ptr + row * D, HEADS * D, i, left, D)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta_ptr + lse_row + i, delta, mask=here)
-    lse = tl.load(lse_ptr + lse_row + i, mask=here, other=0.0) * 1.4426950408889634
-
-    q_c = _base(q_ptr, batch, head, c, stride_qb, stride_qh, stride_qn, CHUNK)
-    k_c = _base(k_ptr, batch, head // GROUP, c, stride_kb, stride_kh, stride_kn, CHUNK)
-    v_c = _base(v_ptr, batch, head // GROUP, c, stride_vb, stride_vh, stride_vn, CHUNK)
+    tl.store(delta_ptr + lse_row + i, delta, mask=i < left)
+    lse = tl.load(lse_ptr + lse_row + i, mask=i < left, other=0.0)
+    q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
+    q1, q2 = _load_rotated(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE)
     dq1 = tl.zeros([BLOCK_M, HALF], tl.float32)
     dq2 = tl.zeros([BLOCK_M, HALF], tl.float32)
-    p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
-    if exists:
-        frame = tl.where(p < c, CHUNK, -CHUNK)
-        q1, q2 = _load_rotated(q_c, stride_qn, i, left, table_ptr, frame, CHUNK, HALF, True, ROTATE)
-        k_p = _base(k_ptr, batch, head // GROUP, p, stride_kb, stride_kh, stride_kn, CHUNK)
-        v_p = _base(v_ptr, batch, head // GROUP, p, stride_vb, stride_vh, stride_vn, CHUNK)
-        dq1, dq2 = _query_gradient(
-            dq1, dq2, q1, q2, do, lse, delta, i, k_p, v_p, stride_kn, stride_vn, CHUNK, length - p * CHUNK,
-            table_ptr, SCALE, D, CHUNK, BLOCK_N, False, MUTUAL, ROTATE,
-        )  # fmt: skip
-        if ROTATE:  # from the partner's frame to the own one, so that one accumulator serves both
-            cos, sin = _angles(table_ptr, frame + tl.zeros([1], tl.int32), CHUNK, HALF)
-            turned = dq1 * cos + dq2 * sin
-            dq2 = dq2 * cos - dq1 * sin
-            dq1 = turned
-    q1, q2 = _load_rotated(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, True, ROTATE)
-    end = CHUNK if MUTUAL else (block + 1) * BLOCK_M
-    dq1, dq2 = _query_gradient(
-        dq1, dq2, q1, q2, do, lse, delta, i, k_c, v_c, stride_kn, stride_vn, end, left,
-        table_ptr, SCALE, D, CHUNK, BLOCK_N, not MUTUAL, True, ROTATE,
-    )  # fmt: skip
-    if ROTATE:
-        cos, sin = _angles(table_ptr, i, CHUNK, HALF)
-        turned = dq1 * cos + dq2 * sin
-        dq2 = dq2 * cos - dq1 * sin
-        dq1 = turned
+
+    own_keys = CHUNK if MUTUAL else tl.cdiv((block + 1) * BLOCK_M, BLOCK_N) * BLOCK_N
+    for t in range(0, own_keys + tl.where(exists, CHUNK, 0), BLOCK_N):
+        own = t < own_keys
+        s_chunk = tl.where(own, c, p)
+        shift = tl.where(own, 0, tl.where(p < c, -CHUNK, CHUNK))
+        s_left = length - s_chunk * CHUNK
+        j = tl.where(own, t, t - own_keys) + tl.arange(0, BLOCK_N)
+        k_s = _chunk_pointer(k_ptr, batch, kv_head, s_chunk, stride_kb, stride_kn, stride_kh, CHUNK)
+        v_s = _chunk_pointer(v_ptr, batch, kv_head, s_chunk, stride_vb, stride_vn, stride_vh, CHUNK)
+        k1, k2 = _load_rotated(k_s, stride_kn, j, s_left, table_ptr, shift, CHUNK, HALF, ROTATE)
+        v = _load(v_s, stride_vn, j, s_left, D)
+        s = _dot_add(q2, tl.trans(k2), _dot(q1, tl.trans(k1)))
+        w = tl.exp2(s * SCALE - lse[:, None])
+        if MUTUAL:
+            w = tl.where(j[None, :] < s_left, w, 0.0)
+        else:
+            w = tl.where(i[:, None] >= (j + shift)[None, :], w, 0.0)
+        dw = _dot(do, tl.trans(v))
+        ds = (w * (dw - delta[:, None])).to(k1.dtype)
+        dq1 = _dot_add(ds, k1, dq1)
+        dq2 = _dot_add(ds, k2, dq2)
+
     scale: tl.constexpr = SCALE * 0.6931471805599453
-    _store_halves(dq_ptr + row * D, HEADS * D, i, left, dq1 * scale, dq2 * scale, HALF)
-
-
-@triton.jit
-def _key_gradient(
-    dk1, dk2, dv, k1, k2, v, j, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qn, stride_gn, begin, left, frame,
-    table_ptr, SCALE: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
-    CAUSAL: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """Adds the queries begin.. of one chunk to the gradients of one block of rotated keys, and of its values.
-
-    Queries past the end are zeros, with zero do and delta: they add nothing. Keys past it are not stored.
-    """
-    for m in range(begin, CHUNK, BLOCK_M):
-        i = m + tl.arange(0, BLOCK_M)
-        q1, q2 = _load_rotated(q_ptr, stride_qn, i, left, table_ptr, frame, CHUNK, D // 2, True, ROTATE)
-        do = _load(do_ptr, stride_gn, i, left, D, True)
-        lse = tl.load(lse_ptr + i, mask=i < left, other=0.0) * 1.4426950408889634
-        delta = tl.load(delta_ptr + i, mask=i < left, other=0.0)
-        s = _dot_add(k2, tl.trans(q2), _dot(k1, tl.trans(q1)))  # (keys, queries)
-        p = tl.exp2(s * SCALE - lse[None, :])
-        if CAUSAL:
-            p = tl.where(i[None, :] >= j[:, None], p, 0.0)
-        dv = _dot_add(p.to(do.dtype), do, dv)
-        dp = _dot(v, tl.trans(do))
-        ds = (p * (dp - delta[None, :])).to(q1.dtype)
-        dk1 = _dot_add(ds, q1, dk1)
-        dk2 = _dot_add(ds, q2, dk2)
-    return dk1, dk2, dv
+    _store_unrotated(
+        dq_ptr + row * D, HEADS * D, i, left, dq1 * scale, dq2 * scale, table_ptr, CHUNK, HALF, ROTATE
+    )
 
 
 @triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
@@ -317,7 +255,10 @@ def key_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
     TOPOLOGY: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (B, N, Hkv, D): one program per (key block, head, batch) gathers from its two readers."""
+    """dk and dv (B, N, Hkv, D): one program per (key block, head, batch) gathers from its two readers.
+
+    Queries past the end are zeros, with zero do and delta: they add nothing. Keys past it are not stored.
+    """
     HALF: tl.constexpr = D // 2
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
     KV_HEADS: tl.constexpr = HEADS // GROUP
@@ -325,42 +266,48 @@ def key_gradient_kernel(
     left = length - c * CHUNK
     if (c >= num_chunks) | (block * BLOCK_N >= left):
         return
+    r, exists = _reader(c, stride, num_chunks, TOPOLOGY)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_c = _base(k_ptr, batch, kv_head, c, stride_kb, stride_kh, stride_kn, CHUNK)
-    v_c = _base(v_ptr, batch, kv_head, c, stride_vb, stride_vh, stride_vn, CHUNK)
-    k1, k2 = _load_rotated(k_c, stride_kn, j, left, table_ptr, 0, CHUNK, HALF, True, ROTATE)
-    v = _load(v_c, stride_vn, j, left, D, True)
+    k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
+    v_c = _chunk_pointer(v_ptr, batch, kv_head, c, stride_vb, stride_vn, stride_vh, CHUNK)
+    k1, k2 = _load_rotated(k_c, stride_kn, j, left, table_ptr, 0, CHUNK, HALF, ROTATE)
+    v = _load(v_c, stride_vn, j, left, D)
     dk1 = tl.zeros([BLOCK_N, HALF], tl.float32)
     dk2 = tl.zeros([BLOCK_N, HALF], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
-    r, exists = _reader(c, stride, num_chunks, TOPOLOGY)
-    frame = tl.where(c < r, CHUNK, -CHUNK)
+
     begin = 0 if MUTUAL else block * BLOCK_N // BLOCK_M * BLOCK_M  # earlier queries do not see these keys
-    for g in range(0, GROUP):
-        head = kv_head * GROUP + g
-        lse_row = (batch.to(tl.int64) * HEADS + head) * length
-        dk1, dk2, dv = _key_gradient(
-            dk1, dk2, dv, k1, k2, v, j,
-            _base(q_ptr, batch, head, c, stride_qb, stride_qh, stride_qn, CHUNK),
-            _base(do_ptr, batch, head, c, stride_gb, stride_gh, stride_gn, CHUNK),
-            lse_ptr + lse_row + c * CHUNK, delta_ptr + lse_row + c * CHUNK, stride_qn, stride_gn,
-            begin, left, 0, table_ptr, SCALE, D, CHUNK, BLOCK_M, not MUTUAL, ROTATE,
-        )  # fmt: skip
-        if exists:
-            dk1, dk2, dv = _key_gradient(
-                dk1, dk2, dv, k1, k2, v, j,
-                _base(q_ptr, batch, head, r, stride_qb, stride_qh, stride_qn, CHUNK),
-                _base(do_ptr, batch, head, r, stride_gb, stride_gh, stride_gn, CHUNK),
-                lse_ptr + lse_row + r * CHUNK, delta_ptr + lse_row + r * CHUNK, stride_qn, stride_gn,
-                0, length - r * CHUNK, frame, table_ptr, SCALE, D, CHUNK, BLOCK_M, False, ROTATE,
-            )  # fmt: skip
-    if ROTATE:
-        cos, sin = _angles(table_ptr, j, CHUNK, HALF)
-        turned = dk1 * cos + dk2 * sin
-        dk2 = dk2 * cos - dk1 * sin
-        dk1 = turned
+    own_queries = CHUNK - begin
+    queries = own_queries + tl.where(exists, CHUNK, 0)  # of one head
+    for t in range(0, queries * GROUP, BLOCK_M):
+        head = kv_head * GROUP + t // queries
+        u = t % queries
+        own = u < own_queries
+        s_chunk = tl.where(own, c, r)
+        shift = tl.where(own, 0, tl.where(r < c, -CHUNK, CHUNK))
+        s_left = length - s_chunk * CHUNK
+        i = tl.where(own, begin + u, u - own_queries) + tl.arange(0, BLOCK_M)
+        q_s = _chunk_pointer(q_ptr, batch, head, s_chunk, stride_qb, stride_qn, stride_qh, CHUNK)
+        do_s = _chunk_pointer(do_ptr, batch, head, s_chunk, stride_gb, stride_gn, stride_gh, CHUNK)
+        lse_row = (batch.to(tl.int64) * HEADS + head) * length + s_chunk * CHUNK
+        q1, q2 = _load_rotated(q_s, stride_qn, i, s_left, table_ptr, shift, CHUNK, HALF, ROTATE)
+        do = _load(do_s, stride_gn, i, s_left, D)
+        lse = tl.load(lse_ptr + lse_row + i, mask=i < s_left, other=0.0)
+        delta = tl.load(delta_ptr + lse_row + i, mask=i < s_left, other=0.0)
+        s = _dot_add(k2, tl.trans(q2), _dot(k1, tl.trans(q1)))  # (keys, queries)
+        w = tl.exp2(s * SCALE - lse[None, :])
+        if not MUTUAL:
+            w = tl.where((i + shift)[None, :] >= j[:, None], w, 0.0)
+        dv = _dot_add(w.to(do.dtype), do, dv)
+        dw = _dot(v, tl.trans(do))
+        ds = (w * (dw - delta[None, :])).to(q1.dtype)
+        dk1 = _dot_add(ds, q1, dk1)
+        dk2 = _dot_add(ds, q2, dk2)
+
     scale: tl.constexpr = SCALE * 0.6931471805599453
     row = (batch.to(tl.int64) * length + c * CHUNK) * KV_HEADS + kv_head  # row of (B * N * Hkv, D)
-    _store_halves(dk_ptr + row * D, KV_HEADS * D, j, left, dk1 * scale, dk2 * scale, HALF)
+    _store_unrotated(
+        dk_ptr + row * D, KV_HEADS * D, j, left, dk1 * scale, dk2 * scale, table_ptr, CHUNK, HALF, ROTATE
+    )
     dv_ptrs = dv_ptr + row * D + j[:, None] * (KV_HEADS * D) + tl.arange(0, D)[None, :]
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=(j < left)[:, None])
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=j[:, None] < left)
