@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "butterfly_llm"
 MAX_LINES = 600
 # A module imports strictly lower ranks only; ops/ is one room, whose modules may import each other.
 RANKS = {
-    "config": 0, "text": 0, "memory": 0, "archives": 0, "licenses": 0, "signals": 0, "signals": 0,
+    "config": 0, "text": 0, "memory": 0, "archives": 0, "licenses": 0, "signals": 0,
     "routing": 1, "data": 1,
     "ops": 2, "cache": 2,
     "model": 3,
