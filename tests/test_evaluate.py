@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from butterfly_llm import evaluate as module
-from butterfly_llm.evaluate import Document, character_nats, evaluate, format_table
+from butterfly_llm.data import prepare
+from butterfly_llm.evaluate import Document, character_nats, evaluate, format_table, load_documents
 from toy import Toy
 
 TEXT = bytes(torch.randint(32, 127, (300,), generator=torch.Generator().manual_seed(0)).tolist())
@@ -132,6 +133,38 @@ def test_result_as_json_and_as_table(model):
     table = format_table(result)
     for part in ("a.txt", "b.txt", "all", "309", f"{result.bits_per_char:.3f}", "xz -9e", "128 to 200"):
         assert part in table
+
+
+def test_a_file_is_evaluated_as_it_stands_and_a_folder_in_the_corpus_format(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.py").write_bytes(b"x = 1\r\n")
+    (tmp_path / "d" / "b.py").write_text("y = 'é'\n", encoding="utf-8")
+    file, folder = load_documents([tmp_path / "d" / "b.py", tmp_path / "d"])
+    assert (file.name, file.data) == (str(tmp_path / "d" / "b.py"), b"y = '\xe9'\n")
+    assert folder.data == b"==> a.py <==\nx = 1\n==> b.py <==\ny = '\xe9'\n"
+    (cut,) = load_documents([tmp_path / "d" / "b.py"], max_chars=3, encoding="utf-8")
+    assert cut.data == b"y ="
+
+
+def test_of_a_corpus_the_validation_documents_are_evaluated(tmp_path):
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text(f"{name}\n")
+    prepare([tmp_path / n for n in ("one", "two", "three")], tmp_path / "c", holdout=["one", "two"])
+    documents = load_documents([tmp_path / "c"])
+    assert [(d.name, d.data) for d in documents] == [
+        ("one", b"==> a.py <==\none\n"),
+        ("two", b"==> a.py <==\ntwo\n"),
+    ]
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_documents([tmp_path / "nosuch"])
+    (tmp_path / "a").write_text("€")
+    with pytest.raises(ValueError, match="outside Latin-1"):
+        load_documents([tmp_path / "a"])
+    assert load_documents([tmp_path / "a"], errors="replace")[0].data == b"?"
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from butterfly_llm.config import SamplingConfig
+from butterfly_llm.config import ButterflyConfig, SamplingConfig
 from butterfly_llm.generate import _hold_back, generate, generate_text, probabilities
+from conftest import random_model
 from toy import Toy
 
 PROMPT = b"def main(argv):"
@@ -57,6 +58,20 @@ def test_writing_can_be_interrupted_and_taken_up_again(model):
     assert first == whole[:12]
     # the cache has read all that was yielded: reading one character more gives its place in the whole
     assert whole[13:] == write(model, whole[12:13], chars=17, cache=cache)
+
+
+def test_the_real_model_writes_the_same_text_however_it_is_fed():
+    model = random_model(ButterflyConfig.preset("micro"))
+    prompt = PROMPT * 3
+    whole = write(model, prompt, chars=20)
+    cache = model.new_cache(1)
+    for start in range(0, 40, 5):
+        model.prefill(torch.tensor([list(prompt[start : start + 5])]), cache)
+    first = write(model, prompt[40:], chars=9, cache=cache)
+    assert first == whole[:9] and cache.position == len(prompt) + 9
+    assert write(model, whole[9:10], chars=10, cache=cache) == whole[10:]
+    with pytest.raises(ValueError, match="bidirectional"):
+        write(random_model(ButterflyConfig.preset("micro", routing="xor")))
 
 
 def test_cache_has_read_every_character_at_the_moment_it_is_yielded(model):
