@@ -1,7 +1,7 @@
 """The Triton kernels against the dense float64 reference: every topology, odd lengths, all gradients.
 
 On a GPU the cases run natively. Elsewhere `test_under_the_interpreter` runs this file again in a process
-with TRITON_INTERPRET=1, because Triton reads that once, when it is first imported. The interpreter has no bfloat16.
+with TRITON_INTERPRET=1, because Triton reads that once, when first imported. The interpreter has no bfloat16.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import chunk_error
 from torch import Tensor
 
 from butterfly_llm.ops import triton_attention
@@ -95,21 +96,11 @@ def run(op: Callable[..., Tensor], fused: Tensor, grad: Tensor, case: Case) -> d
     return dict(zip(("y", "dq", "dk", "dv"), (y.detach(), *split(fused.grad, case)), strict=True))
 
 
-def worst_chunk(got: Tensor, want: Tensor, chunk_size: int) -> float:
-    """RMS error over RMS reference, per batch row and chunk, the maximum; the inputs have RMS 1."""
-    assert got.isfinite().all()
-    worst = 0.0
-    for a, b in zip(got.double().split(chunk_size, 1), want.double().split(chunk_size, 1), strict=True):
-        error, size = ((x.square().mean((1, 2, 3)).sqrt()) for x in (a - b, b))
-        worst = max(worst, (error / size.clamp_min(0.1)).max().item())
-    return worst
-
-
 def check(case: Case, dtype: torch.dtype) -> None:
     fused, grad = make(case, dtype)
     got = run(butterfly_attention_triton, fused, grad, case)
     want = run(butterfly_attention_reference, fused.double(), grad.double(), case)
-    errors = {name: worst_chunk(got[name], want[name], case.chunk_size) for name in want}
+    errors = {name: chunk_error(got[name], want[name], case.chunk_size) for name in want}
     assert max(errors.values()) < TOLERANCE[dtype], errors
 
 
@@ -212,13 +203,12 @@ def test_one_graph_for_every_stride() -> None:
 
 def test_tiles_fit_the_chunk_and_small_cards() -> None:
     for which in ("forward", "query_gradient", "key_gradient"):
-        for head_dim in triton_attention.HEAD_DIMS:
-            for dtype in triton_attention.DTYPES:
-                small = triton_attention.tiles(which, head_dim, dtype, 128, 99 * 1024)
-                large = triton_attention.tiles(which, head_dim, dtype, 128, 227 * 1024)
-                assert small.block_m * small.block_n <= large.block_m * large.block_n
-                cut = triton_attention.tiles(which, head_dim, dtype, 16, 227 * 1024)
-                assert (cut.block_m, cut.block_n) == (16, 16)
+        for dtype in triton_attention.DTYPES:
+            small = triton_attention.tiles(which, dtype, 128, 99 * 1024)
+            large = triton_attention.tiles(which, dtype, 128, 227 * 1024)
+            assert small.block_m * small.block_n <= large.block_m * large.block_n
+            cut = triton_attention.tiles(which, dtype, 16, 227 * 1024)
+            assert (cut.block_m, cut.block_n) == (16, 16)
 
 
 def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,16 +64,20 @@ FORCED_TILES: dict[Pass, Tiles] = {}
 """Overrides the table below, for measurements."""
 
 
-def tiles(which: Pass, head_dim: int, dtype: torch.dtype, chunk_size: int, shared_limit: int) -> Tiles:
-    """Tile sizes of one kernel on a card with `shared_limit` bytes of shared memory per block."""
+def tiles(which: Pass, dtype: torch.dtype, chunk_size: int, shared_limit: int) -> Tiles:
+    """Tile sizes of one kernel on a card with `shared_limit` bytes of shared memory per block.
+
+    Chosen so that nothing spills and three or more programs share a Hopper multiprocessor. Cards without
+    Hopper's matrix instructions, known here by their smaller shared memory, keep operands in registers.
+    """
     if which in FORCED_TILES:
         return FORCED_TILES[which]
-    if dtype == torch.float32:  # no tensor cores: small tiles, or the products spill
+    if dtype == torch.float32:  # exact products, without tensor cores
+        chosen = Tiles(32, 32, 4, 1) if which == "forward" else Tiles(16, 16, 4, 1)
+    elif shared_limit < 200 * 1024:
         chosen = Tiles(32, 32, 4, 1)
-    elif head_dim == 128 and shared_limit < 160 * 1024:
-        chosen = Tiles(64, 32, 4, 1) if which != "key_gradient" else Tiles(32, 64, 4, 1)
     else:
-        chosen = Tiles(64, 64, 4, 1)
+        chosen = Tiles(32 if which == "key_gradient" else 64, 64, 4, 1)
     return Tiles(
         min(chosen.block_m, chunk_size), min(chosen.block_n, chunk_size), chosen.num_warps, chosen.num_stages
     )
@@ -121,7 +125,7 @@ def _launch(
 
     batch, length, num_heads, num_kv_heads, head_dim = shape
     device, dtype = tensors[0].device, tensors[0].dtype
-    cut = tiles(which, head_dim, dtype, chunk_size, _shared_limit(device))
+    cut = tiles(which, dtype, chunk_size, _shared_limit(device))
     num_chunks = -(-length // chunk_size)
     # Chunks one stride apart are numbered side by side: `step` rows of `turns` slots, some past the end.
     step = stride if stride < num_chunks else 1
@@ -162,7 +166,7 @@ def _launch(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, stride: int, topology: str, chunk_size: int, rope_theta: float | None
 ) -> tuple[Tensor, Tensor]:
-    """o (B, N, H, D) and the natural logarithm of each row's softmax denominator, (B, H, N) float32."""
+    """o (B, N, H, D) and the binary logarithm of each row's softmax denominator, (B, H, N) float32."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, length, num_heads, head_dim = q.shape
     o = q.new_empty((batch, length, num_heads, head_dim))

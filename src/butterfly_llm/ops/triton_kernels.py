@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 """Triton kernels of butterfly attention, launched by `triton_attention`. Importing this needs Triton.
 
-Legend: c chunk, i query offset in its chunk, j key offset in its chunk, m and n the first of a block of queries
-or keys, `shift` how far the other chunk stands from the own one in relative positions: -CHUNK for an earlier
-chunk, +CHUNK for a later one, whatever the stride. With it one causal rule serves both chunks of a pair: a key
-at j + shift is seen by a query at i >= j + shift. So each kernel is one loop over the blocks of own and other.
+Legend: c own chunk, p its partner, r its reader (the chunk whose partner it is), s the one of the two that a
+loop step works on; i query offset in its chunk, j key offset in its chunk; `shift` the relative position of
+chunk s, whatever the stride: 0 for the own chunk, -CHUNK for an earlier one, +CHUNK for a later one. With it
+one causal rule serves both chunks of a pair, and each kernel is a single loop over the blocks of the two.
 
 Every tile that is rotated is held as two halves of the head, so a rotation needs no exchange between lanes
 and a score is the sum of two products. Row indices inside a chunk are int32, everything above them int64.
@@ -104,8 +104,8 @@ def _store_unrotated(
     y1 = x1
     y2 = x2
     if ROTATE:
-        # The cache modifier is the default one. It keeps the compiler from merging these loads with equal ones
-        # before the loop and holding them in registers all through it.
+        # ".ca" is the default caching. Naming it keeps the compiler from merging these loads with equal ones
+        # ahead of the loop, which would hold the angles in registers all through it.
         entries = table_ptr + (rows + CHUNK)[:, None] * HALF + tl.arange(0, HALF)[None, :]
         cos = tl.load(entries, cache_modifier=".ca")
         sin = tl.load(entries + 3 * CHUNK * HALF, cache_modifier=".ca")
