@@ -10,8 +10,16 @@ import pytest
 import torch
 
 from butterfly_llm import evaluate as module
+from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.data import prepare
-from butterfly_llm.evaluate import Document, character_nats, evaluate, format_table, load_documents
+from butterfly_llm.evaluate import (
+    Document,
+    character_nats,
+    estimate_bytes,
+    evaluate,
+    format_table,
+    load_documents,
+)
 from toy import Toy
 
 TEXT = bytes(torch.randint(32, 127, (300,), generator=torch.Generator().manual_seed(0)).tolist())
@@ -178,6 +186,25 @@ def test_what_cannot_be_read_is_refused(tmp_path):
 def test_bad_input_is_one_line(model, documents, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(model, documents, **options)
+
+
+def test_a_context_that_memory_cannot_hold_is_refused_before_the_pass(model, monkeypatch):
+    monkeypatch.setattr("butterfly_llm.memory.available_bytes", lambda device="cpu": 10_000_000)
+    documents = [Document("a", bytes(100_000))]
+    with pytest.raises(
+        ValueError, match=r"context of 50,000 needs .* 10.0 MB are free: use a shorter"
+    ):
+        evaluate(model, documents, context=50_000)
+    with pytest.raises(ValueError, match="context of 64 needs"):
+        evaluate(model, documents, context=64, batch_chars=50_000)
+    evaluate(model, [Document("a", bytes(100))], context=50_000)
+    assert model.widths == [(1, 100)]
+
+
+def test_estimate_is_near_the_measured_peak():
+    # measured: two layers, float32, one CPU, bytes per character
+    for preset, measured in (("tiny", 14_384), ("small", 28_459), ("full", 70_732)):
+        assert 0.95 < estimate_bytes(ButterflyConfig.preset(preset), 1) / measured < 1.2
 
 
 def test_bidirectional_model_has_no_bits_per_character():

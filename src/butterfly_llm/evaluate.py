@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from butterfly_llm import memory
 from butterfly_llm.archives import archive_suffix
+from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.data import MANIFEST, SEPARATOR, Corpus, read_context
 from butterfly_llm.text import Encoding, Errors, encode, read_text
 
@@ -117,7 +119,7 @@ def evaluate(
     documents: Sequence[Document],
     *,
     context: int | None = None,
-    batch_chars: int = 65_536,
+    batch_chars: int = 16_384,
     compressors: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -129,7 +131,7 @@ def evaluate(
     progress:    called with the number of characters evaluated so far.
 
     Memory is that of one forward pass over max(context, batch_chars) characters. ValueError for no or an
-    empty document, a context below 1, and a model that is not causal.
+    empty document, a context below 1, a model that is not causal, and a pass that memory cannot hold.
     """
     if not model.config.causal:
         raise ValueError(
@@ -146,12 +148,19 @@ def evaluate(
             raise ValueError(f"evaluate: {document.name} is empty")
 
     device = next(model.parameters()).device
+    lengths = [len(d.data) for d in documents]
+    memory.require(
+        estimate_bytes(model.config, max(min(context, max(lengths)), min(batch_chars, sum(lengths)))),
+        str(device),
+        f"evaluating with a context of {context:,}",
+        "use a shorter context or a smaller model",
+    )
     edges = _edges(context)
     bucket_nats = torch.zeros(len(edges), dtype=torch.float64)
     bucket_chars = torch.zeros(len(edges), dtype=torch.int64)
     document_nats = [0.0] * len(documents)
     done = 0
-    for batch in _batches([len(d.data) for d in documents], context, batch_chars):
+    for batch in _batches(lengths, context, batch_chars):
         inputs, targets = _load(batch, documents)
         nats = character_nats(model, inputs.to(device), targets.to(device))  # (B, N)
         for row, (index, start, stop) in zip(nats, batch, strict=True):
@@ -164,7 +173,7 @@ def evaluate(
         if progress is not None:
             progress(done)
 
-    total = sum(len(d.data) for d in documents)
+    total = sum(lengths)
     sizes = [(_xz(d.data), _zstd(d.data)) if compressors else (None, None) for d in documents]
     return Evaluation(
         context=context,
@@ -188,6 +197,14 @@ def evaluate(
             for d, nats, (xz, zstd) in zip(documents, document_nats, sizes, strict=True)
         ),
     )
+
+
+def estimate_bytes(config: ButterflyConfig, chars: int) -> int:
+    """About the peak bytes of a forward pass over `chars` characters, as measured in float32 on a CPU."""
+    attention = (config.num_heads + config.num_kv_heads) * config.head_dim
+    gated = config.feed_forward == "swiglu"
+    values = 4 * config.hidden_size + 4 * attention + (4 if gated else 3) * config.intermediate_size
+    return 4 * chars * (values + 6 * config.carry_size + 2 * config.vocab_size)
 
 
 def character_nats(model: Butterfly, inputs: Tensor, targets: Tensor) -> Tensor:
