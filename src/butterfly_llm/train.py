@@ -387,9 +387,11 @@ def estimate_train_bytes(config: TrainConfig, model_config: ButterflyConfig, val
     attention = model_config.num_heads * model_config.head_dim
     layer = 5 * model_config.hidden_size + 8 * attention + 3 * model_config.intermediate_size
     layer += 6 * model_config.carry_size
-    kept = model_config.hidden_size + 4 * model_config.carry_size
+    if config.compile:
+        layer = layer * 3 // 5  # fused operations recompute what is cheap
     per_char = layer * model_config.num_layers
     if config.gradient_checkpointing:
+        kept = model_config.hidden_size + 4 * model_config.carry_size
         per_char = kept * model_config.num_layers + layer
     return state + chars * per_char * value_bytes
 
