@@ -120,29 +120,33 @@ def fused_kernels(length: int) -> dict[str, float]:
 def portable(length: int) -> dict[str, float]:
     """Compiled at 65,536 characters; eager beyond, where tracing its thousands of chunks takes minutes."""
     run: Attention = lambda q, k, v: butterfly_attention_portable(q, k, v, **OPTIONS)  # noqa: E731
-    return measure(torch.compile(run) if length <= 1 << 16 else run, views(length))
+    return measure(torch.compile(run, dynamic=False) if length <= 1 << 16 else run, views(length))
+
+
+def flex_mask(length: int, device: str) -> Any:
+    """The same pattern as a FlexAttention mask: own chunk masked inside, partner chunk whole."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    chunks = length // CHUNK
+    chunk = torch.arange(chunks, device=device, dtype=torch.int32)
+    own, partner = (torch.zeros(1, 1, chunks, chunks, device=device, dtype=torch.int32) for _ in range(2))
+    own[..., 0] = chunk
+    partner[..., 0] = (chunk - STRIDE).clamp_min(0)
+    return BlockMask.from_kv_blocks(
+        torch.ones_like(chunk)[None, None], own, (chunk >= STRIDE).int()[None, None], partner,
+        BLOCK_SIZE=CHUNK, mask_mod=lambda b, h, i, j: i >= j,
+    )  # fmt: skip
 
 
 def flex_attention(length: int) -> dict[str, float]:
     """Compiled FlexAttention with the same pattern, rotary positions not included."""
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    chunks = length // CHUNK
-    chunk = torch.arange(chunks, device="cuda", dtype=torch.int32)
-    sources = torch.stack([chunk - STRIDE, chunk], 1)  # earlier first; the first chunks have none
-    sources[:STRIDE, 0] = chunk[:STRIDE]
-    counts = torch.where(chunk < STRIDE, 1, 2).to(torch.int32)
-
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i >= j) & ((i // CHUNK == j // CHUNK) | (i // CHUNK - j // CHUNK == STRIDE))
-
-    mask = BlockMask.from_kv_blocks(
-        counts[None, None], sources[None, None].contiguous(), BLOCK_SIZE=CHUNK, mask_mod=visible,
-        seq_lengths=(length, length),
-    )  # fmt: skip
+    mask = flex_mask(length, "cuda")
+    torch.cuda.empty_cache()
     shape = (1, HEADS, length, HEAD_DIM)
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    compiled = torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=False)
     return measure(lambda q, k, v: compiled(q, k, v, block_mask=mask), inputs)
 
 
@@ -173,7 +177,7 @@ def correctness() -> dict[str, float]:
 
 
 def sweep() -> dict[str, dict[str, Any]]:
-    """Milliseconds of forward, or forward + backward, for each tile size of one kernel, the others as shipped."""
+    """Milliseconds for each tile size of one kernel, the others as shipped: forward, or with backward."""
     inputs = views(1 << 16)
     grad = torch.randn(1, 1 << 16, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
 
@@ -227,7 +231,7 @@ def main() -> None:
             results["floor"] = {"forward_ms": floor, "forward_backward_ms": 3 * floor}
         for name, part in parts.items():
             results[name] = within(25, lambda part=part, length=length: part(length))
-            torch.cuda.empty_cache()
+            within(5, torch.cuda.empty_cache)
         out[str(length)] = results
         for name, result in results.items():
             if isinstance(result, str):
