@@ -127,7 +127,7 @@ def test_float32_matches_the_reference(case: Case, poisoned: None) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("case", CASES[1::3], ids=NAMES[1::3])
+@pytest.mark.parametrize("case", CASES[1::4], ids=NAMES[1::4])
 def test_float16_matches_the_reference(case: Case, poisoned: None) -> None:
     check(case, torch.float16)
 
@@ -173,7 +173,7 @@ def test_any_gradient_layout() -> None:
 @kernels
 def test_operator_contract() -> None:
     """Schema, fake shapes and strides, autograd registration."""
-    case = Case("shift", 33, 16, 1, heads=2)
+    case = Case("shift", 17, 16, 1)
     q, k, v = (x.detach().requires_grad_() for x in split(make(case, torch.float32)[0], case))
     torch.library.opcheck(torch.ops.butterfly.attention_fwd.default, (q, k, v, 1, "shift", 16, 10000.0))
 
