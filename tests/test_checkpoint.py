@@ -139,6 +139,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest missing": (lambda f: (f / MANIFEST).unlink(), "no checkpoint .MANIFEST.json is missing"),
     "manifest damaged": (lambda f: (f / MANIFEST).write_text("{"), "MANIFEST.json is not JSON"),
     "foreign manifest": (lambda f: (f / MANIFEST).write_text("{}"), "not of a butterfly-llm checkpoint"),
+    "manifest forged": (
+        lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace('"sha256"', '"md5"')),
+        "must give bytes and sha256 of",
+    ),
     "truncated": (lambda f: shard(f, 1).write_bytes(shard(f, 1).read_bytes()[:-9]), "cut off at .* bytes"),
     "bit flipped": (lambda f: flip(shard(f, 1)), "is damaged .its sha256"),
     "config edited": (lambda f: flip(f / "config.json"), "config.json is damaged"),
@@ -227,6 +231,9 @@ def test_memory_is_checked_before_anything_is_made(folder: Path, monkeypatch: py
     monkeypatch.setattr(memory, "available_bytes", lambda device="cpu": 1000)
     with pytest.raises(ValueError, match=r"needs \d.* on cpu, 1\.0 KB are free: use a smaller model"):
         load_pretrained(folder)
+    save_training(random_model(CONFIG), folder.parent / "state", tensors=[], values={})
+    with pytest.raises(ValueError, match=r"reading state needs \d.* on cpu, 1\.0 KB are free"):
+        load_training(folder.parent / "state")
 
 
 def test_an_interrupted_save_leaves_the_old_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

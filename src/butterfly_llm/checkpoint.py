@@ -142,6 +142,8 @@ def load_training(directory: str | Path) -> TrainingState:
     config, dtype = folder.model_config()
     if "state.json" not in folder.manifest:
         raise ValueError(f"{directory}: a model without training state; training cannot go on from it")
+    total = sum(entry["bytes"] for entry in folder.manifest.values())
+    memory.require(total, "cpu", f"reading {folder.path.name}", "close other programs or use a larger machine")
     return TrainingState(
         path=folder.path,
         model_config=config,
@@ -329,7 +331,8 @@ class _Folder:
             raise ValueError(f"{path}: {MANIFEST} lists no files")
         for name, entry in files.items():
             self._check_name(name, MANIFEST)
-            if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            types = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else {}
+            if types != {"bytes": int, "sha256": str}:
                 raise ValueError(f"{path}: {MANIFEST} must give bytes and sha256 of {name}")
         self.manifest = files
 
@@ -344,8 +347,8 @@ class _Folder:
         self._refuse_pickle(name, data[:4])
         size, digest = self.manifest[name]["bytes"], self.manifest[name]["sha256"]
         if len(data) != size:
-            cut = "cut off at" if isinstance(size, int) and len(data) < size else "has"
-            raise ValueError(f"{self.path}: {name} {cut} {len(data):,} bytes, {MANIFEST} says {size}")
+            cut = "is cut off at" if len(data) < size else "has"
+            raise ValueError(f"{self.path}: {name} {cut} {len(data):,} bytes, {MANIFEST} says {size:,}")
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"{self.path}: {name} is damaged (its sha256 is not the one in {MANIFEST})")
         return data

@@ -144,10 +144,10 @@ class _Run:
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.bad_streak = torch.zeros_like(self.skipped)
         self.worst_streak = torch.zeros_like(self.skipped)
+        self.validated = -1, math.nan  # the last validation: step, bits per character
         self.losses: list[float] = []
-        self.unread: list[
-            Tensor
-        ] = []  # (3,) loss, gradient norm, bad, of the steps since the host last looked
+        self.unread: list[Tensor] = []  # (loss, gradient norm, bad) of steps the host has not looked at
+        self.unlogged: list[list[float]] = []  # the same, looked at, loss in bits per character
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         state = _find_state(config)
@@ -200,6 +200,7 @@ class _Run:
 
         if due(config.log_every):
             self._log(length, rate)
+        paused = time.monotonic()
         if due(config.val_every):
             self.validate()
         if due(config.sample_every):
@@ -207,6 +208,7 @@ class _Run:
         minutes = (time.monotonic() - self.saved_at) / 60
         if due(config.checkpoint_every) or 0 < config.checkpoint_minutes <= minutes:
             self.checkpoint()
+        self.logged_at += time.monotonic() - paused  # speed is that of training alone
 
     def _micro_batches(
         self, length: int, progress: float
@@ -238,14 +240,15 @@ class _Run:
         window = host.to(self.device, non_blocking=True).long()
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
-    def _read(self) -> list[list[float]]:
-        """Wait for the device: (bits per character, gradient norm, bad) of the steps not looked at yet."""
+    def _read(self) -> None:
+        """Wait for the device and take over the figures of the steps not looked at yet."""
         if not self.unread:
-            return []
+            return
         rows: list[list[float]] = torch.stack(self.unread).tolist()
         self.unread.clear()
         for row in rows:
             row[0] /= math.log(2)
+        self.unlogged += rows
         self.losses += [row[0] for row in rows]
         if int(self.worst_streak) >= self.config.max_bad_steps:
             kept = checkpoints(self.config.out)
@@ -254,11 +257,12 @@ class _Run:
                 f"{self.step}; lower learning_rate or clip_norm"
                 + (f" (last checkpoint: {kept[0]})" if kept else "")
             )
-        return rows
 
     def _log(self, length: int, rate: float) -> None:
-        rows = self._read()
-        good = [row for row in rows if not row[2]] or rows
+        """A line of metrics: bits per character are the mean of the finite steps since the last one."""
+        self._read()
+        good = [row for row in self.unlogged if not row[2]] or self.unlogged
+        self.unlogged = []
         bits = sum(row[0] for row in good) / len(good)
         now = time.monotonic()
         speed = (self.chars - self.logged_chars) / max(1e-9, now - self.logged_at)
@@ -280,6 +284,8 @@ class _Run:
 
     def validate(self) -> float:
         """Bits per character on the validation split, in windows of `val_length`."""
+        if self.validated[0] == self.step:
+            return self.validated[1]
         config = self.config
         length = config.val_length or max(length for _, length in config.lengths)
         windows = list(val_windows(self.val_corpus, length=length, max_chars=config.val_chars))
@@ -302,6 +308,7 @@ class _Run:
             elapsed=round(self.elapsed(), 2),
         )
         self.reporter.say(f"step {self.step}: validation {bits:.4f} bits/char on {chars:,} characters")
+        self.validated = self.step, bits
         return bits
 
     def _sample(self) -> None:
