@@ -143,7 +143,9 @@ def load_training(directory: str | Path) -> TrainingState:
     if "state.json" not in folder.manifest:
         raise ValueError(f"{directory}: a model without training state; training cannot go on from it")
     total = sum(entry["bytes"] for entry in folder.manifest.values())
-    memory.require(total, "cpu", f"reading {folder.path.name}", "close other programs or use a larger machine")
+    memory.require(
+        total, "cpu", f"reading {folder.path.name}", "close other programs or use a larger machine"
+    )
     return TrainingState(
         path=folder.path,
         model_config=config,

@@ -63,13 +63,15 @@ class ButterflyConfig:
             if whole and value < lowest:
                 raise ValueError(f"config: {field.name} must be at least {lowest}, not {value}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"config: num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
+            raise ValueError(
+                f"config: num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim {self.head_dim} must be even for rotary positions")
         if self.num_extra_levels >= self.num_levels:
             raise ValueError(
-                f"config: num_extra_levels {self.num_extra_levels} must be below num_levels {self.num_levels}: "
-                "raise num_passes instead"
+                f"config: num_extra_levels {self.num_extra_levels} must be below num_levels "
+                f"{self.num_levels}: raise num_passes instead"
             )
         if self.num_levels > 24:
             raise ValueError(f"config: num_levels {self.num_levels} is above 24 (2 billion characters)")
@@ -122,7 +124,8 @@ class ButterflyConfig:
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1)
-                raise ValueError(f"config: unknown field {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(f"config: unknown field {key!r}{hint}")
         return cls(**values)
 
 
@@ -230,7 +233,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     max_bad_steps: int = 10
-    """Stop after this many steps in a row with a loss or gradient that is not finite (they change nothing)."""
+    """Stop after this many steps in a row whose loss or gradient is not finite (they change nothing)."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the activations; weights are always kept in float32. auto: bfloat16 on a GPU, else float32."""
