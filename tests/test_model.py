@@ -109,6 +109,9 @@ def test_forward_prefill_and_step_agree(variant: str, num_chars: int) -> None:
     stepped = torch.stack([model.step(ids[:, t], cache) for t in range(num_chars)], 1)
     assert (stepped - expected).abs().max() < 1e-4
     assert cache.position == num_chars
+    cache = model.new_cache(1)  # a single stream on the CPU steps in NumPy
+    single = torch.stack([model.step(ids[:1, t], cache) for t in range(num_chars)], 1)
+    assert (single - expected[:1]).abs().max() < 1e-4
     chooser = random.Random(num_chars)
     for slice_chars in (1, CHUNK, 40, 2048) if num_chars < 40 else (40, 2048):
         model.prefill_slice = slice_chars
@@ -165,6 +168,30 @@ def test_state_size_of_small_is_what_the_design_says() -> None:
     config = ButterflyConfig.preset("small")
     chunks = sum(r.stride + 1 for r in routes_of(config) if r.stage == "butterfly")
     assert chunks == 2600 and chunks * config.chunk_size == 332_800
+
+
+def test_steps_follow_the_weights_wherever_they_go() -> None:
+    """The NumPy step reads views of the parameters: training, casting and saving must not leave it behind."""
+    model = random_model(MICRO)
+    ids = torch.randint(0, 256, (1, 40))
+
+    def step_equals_forward() -> bool:
+        cache = model.new_cache()
+        stepped = torch.stack([model.step(ids[:, t], cache) for t in range(40)], 1)
+        with torch.no_grad():
+            return bool((stepped - model(ids)).abs().max() < 1e-4)
+
+    assert step_equals_forward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert step_equals_forward()
+    model.double().float()
+    assert step_equals_forward()
+    model.load_state_dict(before)
+    assert step_equals_forward()
 
 
 def test_a_cloned_cache_goes_its_own_way() -> None:

@@ -6,14 +6,18 @@ operating system when they are first written, so memory grows until the rings ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from butterfly_llm import memory
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.routing import LayerRoute, schedule
+
+Arrays = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]
 
 
 def routes_of(config: ButterflyConfig) -> tuple[LayerRoute, ...]:
@@ -42,6 +46,7 @@ class Cache:
     keys: list[Tensor]  # per layer (B, Hkv, S, L, D), normalised and rotated by the offset in the chunk
     values: list[Tensor]  # per layer (B, Hkv, S, L, D)
     carries: list[Tensor | None]  # per layer (B, S, L, M) for butterfly layers with a carry, before the merge
+    _arrays: list[Arrays] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def new(
@@ -67,6 +72,15 @@ class Cache:
             carry_shape = (batch_size, slots, config.chunk_size, config.carry_size)
             carries.append(torch.zeros(carry_shape, dtype=dtype, device=device) if carried else None)
         return cls(config, 0, keys, values, carries)
+
+    def arrays(self) -> list[Arrays]:
+        """Per layer keys, values (K, S, L, D) and carry (S, L, M) of one CPU stream, sharing memory."""
+        if self._arrays is None:
+            self._arrays = [
+                (k[0].numpy(), v[0].numpy(), None if c is None else c[0].numpy())
+                for k, v, c in zip(self.keys, self.values, self.carries, strict=True)
+            ]
+        return self._arrays
 
     def tensors(self) -> list[Tensor]:
         return [*self.keys, *self.values, *(carry for carry in self.carries if carry is not None)]

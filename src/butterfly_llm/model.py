@@ -8,7 +8,7 @@ Shapes: B batch, N characters, d hidden size, H heads, K key-value heads, D head
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from butterfly_llm.cache import Cache, routes_of
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.ops import Backend, butterfly_attention
+from butterfly_llm.ops import Backend, butterfly_attention, numpy_step
 from butterfly_llm.ops.loss import linear_cross_entropy
 from butterfly_llm.ops.portable import (
     partner_row_step,
@@ -27,6 +27,7 @@ from butterfly_llm.ops.portable import (
     prefill_attention,
     step_attention,
 )
+from butterfly_llm.ops.rope import rope_table
 
 
 class Linear(nn.Linear):
@@ -209,6 +210,7 @@ class Butterfly(nn.Module):
         self.compute_dtype = torch.float32
         self.backend: Backend | None = None  # None: the best for the device
         self.gradient_checkpointing = False
+        self._numpy: numpy_step.Weights | None = None
         self.prefill_slice = 2048  # characters per pass through the layers in `prefill`
         has_carry = config.carry_size > 0
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -377,6 +379,8 @@ class Butterfly(nn.Module):
         """Append one character a stream: ids (B,) -> logits (B, 256) float32. Constant work and memory."""
         if ids.ndim != 1 or ids.shape[0] != cache.batch_size:
             raise ValueError(f"ids {tuple(ids.shape)} must be ({cache.batch_size},) for this cache")
+        if len(ids) == 1 and self._on_cpu_in_float32(cache):
+            return self._numpy_step(int(ids), cache)
         position = cache.position
 
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
@@ -395,3 +399,82 @@ class Butterfly(nn.Module):
         x = self._walk(self._embed(ids), run_layer, run_merge, self._stream_write)
         cache.position = position + 1
         return cast(Tensor, self.head(self.norm(x)).float())
+
+    def _on_cpu_in_float32(self, cache: Cache) -> bool:
+        tensors = (self.head.weight, cache.keys[0])
+        kinds = {(x.device.type, x.dtype) for x in tensors}
+        return kinds == {("cpu", torch.float32)} and self.compute_dtype == torch.float32
+
+    def _numpy_step(self, character: int, cache: Cache) -> Tensor:
+        """`step` for one stream on the CPU."""
+        if self._numpy is None:
+            self._numpy = self._numpy_weights()
+        logits = numpy_step.step(character, cache.position, self._numpy, cache.arrays())
+        cache.position += 1
+        return torch.from_numpy(logits)[None]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Butterfly:
+        self._numpy = None  # .to() and its kin give the parameters new memory
+        return cast(Butterfly, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._numpy = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def _numpy_weights(self) -> numpy_step.Weights:
+        """Views of the parameters. The matrices are laid out input by output first, in place."""
+
+        def matrix(linear: nn.Module) -> numpy_step.Array:
+            weight = cast(Linear, linear).weight
+            with torch.inference_mode(False):  # the model may be trained on
+                weight.data = weight.data.t().contiguous().t()
+            return vector(weight).T
+
+        def vector(parameter: Tensor | nn.Module) -> numpy_step.Array:
+            return cast(Tensor, parameter).detach().numpy()
+
+        config = self.config
+        layers, merges = [], iter(self.merges)
+        for route, module in zip(self.routes, self.layers, strict=True):
+            layer = cast(Layer, module)
+            attention = layer.attention
+            write = merge = None
+            if len(self.writes) and route.starts_pass:
+                write = cast(CarryWrite, self.writes[route.pass_index])
+            if len(self.merges) and route.stage == "butterfly":
+                merge = cast(CarryMerge, next(merges))
+            layers.append(
+                numpy_step.LayerWeights(
+                    attention_norm=vector(layer.attention_norm.weight),
+                    qkv=matrix(attention.qkv),
+                    q_norm=vector(attention.q_norm.weight),
+                    k_norm=vector(attention.k_norm.weight),
+                    out=matrix(attention.out),
+                    feed_forward_norm=vector(layer.feed_forward_norm.weight),
+                    up=matrix(layer.feed_forward.up),
+                    down=matrix(layer.feed_forward.down),
+                    read_norm=None if attention.read_norm is None else vector(attention.read_norm.weight),
+                    read=None if attention.read is None else matrix(attention.read),
+                    write=None
+                    if write is None
+                    else (vector(write.norm.weight), matrix(write.linear), vector(write.linear.bias)),
+                    merge=None if merge is None else (matrix(merge.linear), vector(merge.linear.bias)),
+                )
+            )
+        positions = torch.arange(2 * config.chunk_size)
+        cos, sin = rope_table(positions, config.head_dim, config.rope_theta, torch.float32)
+        return numpy_step.Weights(
+            routes=self.routes,
+            layers=layers,
+            embed=vector(self.embed.weight),
+            embed_norm=vector(self.embed_norm.weight),
+            norm=vector(self.norm.weight),
+            head=matrix(self.head),
+            rope=(vector(cos[:, 0]), vector(sin[:, 0])),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            chunk_size=config.chunk_size,
+            topology=config.routing,
+            gated=config.feed_forward == "swiglu",
+            eps=config.norm_eps,
+        )

@@ -1,0 +1,150 @@
+"""One character of one stream on the CPU in NumPy, the same float32 arithmetic as the modules of `model`.
+
+A step is some 2,000 operations on single rows. There NumPy costs a fraction of a tensor operation, and its
+matrix-vector product reads weights laid out input by output near the speed of memory. All arrays are views
+of the model's parameters and of the cache: nothing is copied, nothing can go stale.
+
+Shapes: d hidden size, H heads, K key-value heads, D head size, M carry size, L chunk, S ring slots.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from butterfly_llm.routing import LayerRoute, Topology, partner_of
+
+Array = npt.NDArray[Any]  # float32
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Matrices are (input, output)."""
+
+    attention_norm: Array  # (d,)
+    qkv: Array  # (d, (H + 2K) D)
+    q_norm: Array  # (D,)
+    k_norm: Array  # (D,)
+    out: Array  # (H D, d)
+    feed_forward_norm: Array  # (d,)
+    up: Array
+    down: Array
+    read_norm: Array | None  # (M,)
+    read: Array | None  # (M, 2 K D)
+    write: tuple[Array, Array, Array] | None  # norm (d,), matrix (d, 2M), bias (2M,); where a pass starts
+    merge: tuple[Array, Array] | None  # matrix (2M, M), bias (M,)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A whole model."""
+
+    routes: tuple[LayerRoute, ...]
+    layers: list[LayerWeights]
+    embed: Array  # (256, d)
+    embed_norm: Array
+    norm: Array
+    head: Array  # (d, 256)
+    rope: tuple[Array, Array]  # cos and signed sin of positions 0..2L-1, (2L, D)
+    num_heads: int
+    num_kv_heads: int
+    chunk_size: int
+    topology: Topology
+    gated: bool
+    eps: float
+
+
+Rings = tuple[Array, Array, Array | None]
+"""Keys and values (K, S, L, D) and carry (S, L, M) of one layer of one stream."""
+
+
+def _norm(x: Array, weight: Array, eps: float) -> Array:
+    scale = 1.0 / math.sqrt(float(x.dot(x)) / x.shape[0] + eps)
+    return x * weight * np.float32(scale)
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def _attend(
+    qkv: Array, layer: LayerWeights, rings: Rings, weights: Weights, position: int, stride: int
+) -> Array:
+    """qkv ((H + 2K) D,) -> (H D,); key and value are put into the rings."""
+    num_heads, num_kv_heads = weights.num_heads, weights.num_kv_heads
+    chunk, offset = divmod(position, weights.chunk_size)
+    keys, values, _ = rings
+    slots, head_dim = keys.shape[1], keys.shape[3]
+    slot = chunk % slots
+    heads = qkv.reshape(-1, head_dim)
+    qk = heads[: num_heads + num_kv_heads]
+    scale = 1.0 / np.sqrt((qk * qk).mean(1, keepdims=True) + np.float32(weights.eps))
+    qk = qk * scale
+    qk[:num_heads] *= layer.q_norm
+    qk[num_heads:] *= layer.k_norm
+    # Row 0 turned by the offset, row 1 by one chunk more: the query against the partner.
+    cos, sin = (table[offset :: weights.chunk_size, None] for table in weights.rope)
+    half = head_dim // 2
+    turned = qk * cos + np.concatenate([qk[:, half:], qk[:, :half]], 1) * sin  # (2, H + K, D)
+    keys[:, slot, offset] = turned[0, num_heads:]
+    values[:, slot, offset] = heads[num_heads + num_kv_heads :]
+
+    if slot + 1 < slots:
+        k_pair, v_pair = keys[:, slot : slot + 2], values[:, slot : slot + 2]  # (K, 2, L, D)
+    else:
+        k_pair, v_pair = (np.stack([x[:, slot], x[:, 0]], 1) for x in (keys, values))
+    q = turned[:, :num_heads].reshape(2, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)  # (K, H / K, 2, D)
+    scores = np.matmul(k_pair[:, None], q[..., None])[..., 0]  # (K, H / K, 2, L)
+    scores[:, :, 0, offset + 1 :] = -np.inf
+    if partner_of(chunk, stride, weights.topology) < 0:
+        scores[:, :, 1] = -np.inf
+    scores = scores.reshape(num_kv_heads, -1, 2 * weights.chunk_size)
+    scores -= scores.max(2, keepdims=True)
+    scores *= np.float32(head_dim**-0.5)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(2, keepdims=True)
+    y = np.matmul(scores, v_pair.reshape(num_kv_heads, -1, head_dim))  # (K, H / K, D)
+    return cast(Array, y.reshape(-1))
+
+
+def step(character: int, position: int, weights: Weights, rings: list[Rings]) -> Array:
+    """Append one character to the stream -> logits (256,). The rings are updated in place."""
+    eps = weights.eps
+    chunk, offset = divmod(position, weights.chunk_size)
+    x = _norm(weights.embed[character], weights.embed_norm, eps)
+    scan: Any = None
+    finished: Any = None
+    for route, layer, ring in zip(weights.routes, weights.layers, rings, strict=True):
+        if layer.write is not None:
+            norm, matrix, bias = layer.write
+            gate, value = np.split(_norm(x, norm, eps) @ matrix + bias, 2)
+            scan = _sigmoid(gate) * value
+        qkv = _norm(x, layer.attention_norm, eps) @ layer.qkv
+        if layer.read is not None and layer.read_norm is not None:
+            memory = scan if finished is None or route.pass_index == 0 else finished
+            qkv[-layer.read.shape[1] :] += _norm(memory, layer.read_norm, eps) @ layer.read
+        x = x + _attend(qkv, layer, ring, weights, position, route.stride) @ layer.out
+        hidden = _norm(x, layer.feed_forward_norm, eps) @ layer.up
+        if weights.gated:
+            gate, value = np.split(hidden, 2)
+            hidden = gate * _sigmoid(gate) * value
+        else:
+            hidden = np.maximum(hidden, 0)
+            hidden *= hidden
+        x = x + hidden @ layer.down
+        carries = ring[2]
+        if layer.merge is not None and carries is not None:
+            matrix, bias = layer.merge
+            slots = carries.shape[0]
+            carries[chunk % slots, offset] = scan
+            partner = carries[(chunk + 1) % slots, offset]
+            if partner_of(chunk, route.stride, weights.topology) < 0:
+                partner = np.zeros_like(partner)
+            scan = scan + _sigmoid(np.concatenate([scan, partner]) @ matrix + bias) * partner
+            if route.ends_pass:
+                finished = scan
+    return _norm(x, weights.norm, eps) @ weights.head
