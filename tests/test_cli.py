@@ -373,6 +373,15 @@ def test_out_of_memory_is_one_line(run, checkpoint, monkeypatch):
         assert code == 2 and err.count("\n") == 1 and "out of memory" in err
 
 
+def test_a_message_of_several_lines_becomes_one(run, monkeypatch):
+    def fail(*_):
+        raise ValueError("first\n  second")
+
+    monkeypatch.setattr("butterfly_llm.cli._load", fail)
+    code, _, err = run("generate", "--context", "--prompt", "x")
+    assert (code, err) == (2, "butterfly: error: first second\n")
+
+
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr("butterfly_llm.cli._load", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -24,7 +24,7 @@ def metrics(tmp_path):
 def test_routing_figure_as_png_and_svg(tmp_path):
     plot_routing(tmp_path / "new" / "routing.png")
     assert (tmp_path / "new" / "routing.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "new" / "routing.png").stat().st_size < 200_000
+    assert (tmp_path / "new" / "routing.png").stat().st_size < 100_000
     plot_routing(tmp_path / "routing.svg")
     assert ElementTree.parse(tmp_path / "routing.svg").getroot().tag.endswith("svg")
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["routing.png", "routing.svg"]
