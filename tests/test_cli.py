@@ -111,6 +111,13 @@ def test_generate_reads_its_own_source_by_default(run, checkpoint):
     assert code == 0 and "this package's source: 300 characters" in err and "read 300 characters" in err
 
 
+def test_the_default_context_is_read_whatever_its_characters(run, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("x = '€'\n", encoding="utf-8")
+    monkeypatch.setattr("butterfly_llm.cli._PACKAGE", tmp_path)
+    code, _, err = run("generate", "--max-chars", 1, "--model", checkpoint)
+    assert code == 0 and "1 characters replaced by '?'" in err
+
+
 def test_generate_stops_at_stop_strings(run, checkpoint):
     arguments = ("generate", "--context", "--prompt", "x", "--max-chars", 40, "--model", checkpoint)
     _, text, _ = run(*arguments)
