@@ -196,9 +196,10 @@ def test_split_is_by_project_and_does_not_depend_on_order(tmp_path: Path) -> Non
     assert set(splits[0].values()) == {"train", "val"}
 
 
-def test_two_projects_give_one_to_validation(tmp_path: Path, out: Path) -> None:
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_two_projects_give_one_to_validation(tmp_path: Path, out: Path, fraction: float) -> None:
     inputs = [tree(tmp_path / name, {"f.py": name}) for name in ("p", "q")]
-    report = prepare(inputs, out, val_fraction=1e-9)
+    report = prepare(inputs, out, val_fraction=fraction)
     assert sorted(document.split for document in report.documents) == ["train", "val"]
 
 
@@ -326,7 +327,7 @@ def test_output_inside_the_input_is_not_read(tmp_path: Path) -> None:
         prepare([root], root / "out", overwrite=True)
     assert split_bytes(root / "out") == DOCUMENT
     other = tree(tmp_path / "q", FILES)
-    prepare([other], other)
+    assert not prepare([other], other).skips.counts
     assert split_bytes(other) == DOCUMENT
 
 
