@@ -18,7 +18,7 @@ from butterfly_llm.generate import generate_text
 from conftest import random_model
 
 ENVIRONMENT = {
-    **os.environ,
+    **{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
     "OMP_NUM_THREADS": "1",
     "PYTHONIOENCODING": "utf-8",
