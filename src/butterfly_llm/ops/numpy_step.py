@@ -68,7 +68,7 @@ def _norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    return 1.0 / (1.0 + np.exp(-x))
+    return 0.5 + 0.5 * np.tanh(0.5 * x)
 
 
 def _attend(
@@ -82,8 +82,8 @@ def _attend(
     slot = chunk % slots
     heads = qkv.reshape(-1, head_dim)
     qk = heads[: num_heads + num_kv_heads]
-    scale = 1.0 / np.sqrt((qk * qk).mean(1, keepdims=True) + np.float32(weights.eps))
-    qk = qk * scale
+    mean_square = np.einsum("hd,hd->h", qk, qk) / head_dim
+    qk = qk / np.sqrt(mean_square + np.float32(weights.eps))[:, None]
     qk[:num_heads] *= layer.q_norm
     qk[num_heads:] *= layer.k_norm
     # Row 0 turned by the offset, row 1 by one chunk more: the query against the partner.
@@ -103,11 +103,11 @@ def _attend(
     if partner_of(chunk, stride, weights.topology) < 0:
         scores[:, :, 1] = -np.inf
     scores = scores.reshape(num_kv_heads, -1, 2 * weights.chunk_size)
-    scores -= scores.max(2, keepdims=True)
+    scores -= np.maximum.reduce(scores, 2, keepdims=True)
     scores *= np.float32(head_dim**-0.5)
     np.exp(scores, out=scores)
-    scores /= scores.sum(2, keepdims=True)
-    y = np.matmul(scores, v_pair.reshape(num_kv_heads, -1, head_dim))  # (K, H / K, D)
+    total = np.add.reduce(scores, 2, keepdims=True)
+    y = np.matmul(scores, v_pair.reshape(num_kv_heads, -1, head_dim)) / total  # (K, H / K, D)
     return cast(Array, y.reshape(-1))
 
 
@@ -132,10 +132,13 @@ def step(character: int, position: int, weights: Weights, rings: list[Rings]) ->
         if weights.gated:
             gate, value = np.split(hidden, 2)
             hidden = gate * _sigmoid(gate) * value
+            down = layer.down
         else:
-            hidden = np.maximum(hidden, 0)
+            active = np.flatnonzero(hidden > 0)  # a quarter in a trained model: only their rows are read
+            hidden = hidden[active]
             hidden *= hidden
-        x = x + hidden @ layer.down
+            down = layer.down[active]
+        x = x + hidden @ down
         carries = ring[2]
         if layer.merge is not None and carries is not None:
             matrix, bias = layer.merge
