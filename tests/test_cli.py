@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from butterfly_llm import __version__
-from butterfly_llm.checkpoint import save_model
+from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.cli import main
 from butterfly_llm.config import PRESETS, ButterflyConfig, SamplingConfig, TrainConfig
 from butterfly_llm.generate import generate_text
@@ -226,6 +226,19 @@ def test_train_takes_preset_and_settings_as_flags(run, monkeypatch):
             ButterflyConfig.preset("tiny", num_heads=2, num_kv_heads=1),
         )
     ]
+
+
+def test_export_writes_a_smaller_model(run, checkpoint, tmp_path):
+    out = tmp_path / "small"
+    code, printed, _ = run("export", checkpoint, "--out", str(out))
+    assert code == 0 and printed.strip() == str(out)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "int8"
+
+    def weights(folder):
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+    assert weights(out) < 0.35 * weights(checkpoint)
+    assert load_pretrained(out).config == load_pretrained(checkpoint).config
 
 
 def test_info_describes_machine_presets_and_checkpoints(run, model, checkpoint):

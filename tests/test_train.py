@@ -305,6 +305,20 @@ train(TrainConfig(**{change(settings, steps=100_000).to_dict()!r}), ButterflyCon
     assert metrics(settings)[-1]["step"] == state.values["step"]
 
 
+def test_the_exported_model_is_renewed_with_every_checkpoint(settings: TrainConfig, tmp_path: Path) -> None:
+    export = tmp_path / "exported"
+    settings = dataclasses.replace(settings, export=str(export), checkpoint_every=4)
+    steps = []
+    for until in (4, 8):
+        result = train(dataclasses.replace(settings, steps=until), NANO)
+        steps.append(json.loads((export / "config.json").read_text())["extra"]["step"])
+        exported = load_pretrained(export)
+        for name, parameter in result.model.named_parameters():
+            step = parameter.abs().amax(-1, keepdim=True) / 127 if parameter.ndim == 2 else 0.0
+            assert ((exported.get_parameter(name) - parameter).abs() <= step).all()
+    assert steps == [4, 8]
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(settings: TrainConfig) -> None:
     config = change(settings, checkpoint_every=4)
     train(config, NANO)

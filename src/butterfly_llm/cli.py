@@ -1,4 +1,4 @@
-"""The `butterfly` command: prepare, train, generate, eval, plot, info.
+"""The `butterfly` command: prepare, train, generate, eval, export, plot, info.
 
 Results go to stdout, everything else to stderr. Bad input is one line on stderr and exit code 2. torch is
 imported by the commands that need it, so that `butterfly --help` is quick.
@@ -254,6 +254,25 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a model in fewer bits: of a run, the finished model or the newest checkpoint."""
+
+    model: tyro.conf.Positional[Path]
+    """Folder of a run, a checkpoint or a model."""
+    out: Path
+    """Folder of the new model; replaced if it holds one already."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "int8"
+    """Type of the matrices; int8 takes a byte a weight and a scale for each row."""
+
+    def run(self) -> None:
+        from butterfly_llm import load_pretrained
+        from butterfly_llm.checkpoint import save_model
+
+        save_model(load_pretrained(self.model), self.out, dtype=self.dtype)
+        print(self.out)
+
+
+@dataclass(frozen=True)
 class Plot:
     """Draw a figure: the routing of the chunks, or the loss of a training run."""
 
@@ -341,7 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 _COMMANDS: dict[str, Any] = {
-    "prepare": Prepare, "train": Train, "generate": Generate, "eval": Eval, "plot": Plot, "info": Info,
+    "prepare": Prepare, "train": Train, "generate": Generate, "eval": Eval,
+    "export": Export, "plot": Plot, "info": Info,
 }  # fmt: skip
 
 

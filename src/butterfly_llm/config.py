@@ -264,6 +264,9 @@ class TrainConfig:
     """Minutes between checkpoints; 0 to leave it to checkpoint_every. There is always one at the end."""
     keep: int = 2
     """Checkpoints that are kept."""
+    export: str = ""
+    """Folder for the model in 8 bits, renewed with every checkpoint: small enough to be copied off a machine
+    that may vanish. Empty for none."""
 
     def __post_init__(self) -> None:
         for name, lowest in _TRAIN_WHOLE.items():

@@ -53,8 +53,8 @@ row i may depend on the step and on first + i only. For curricula that plant som
 _CHANGEABLE = frozenset((
     "steps", "max_seconds", "finish_seconds", "corpus", "out", "resume", "device", "log_every", "val_every",
     "val_length", "val_chars", "sample_every", "sample_chars", "sample_prompt", "checkpoint_every",
-    "checkpoint_minutes", "keep", "max_bad_steps", "micro_chars", "compile", "gradient_checkpointing",
-    "deterministic",
+    "checkpoint_minutes", "keep", "max_bad_steps", "export", "micro_chars", "compile",
+    "gradient_checkpointing", "deterministic",
 ))  # fmt: skip
 
 
@@ -340,6 +340,9 @@ class _Run:
         tensors += [("optimizer." + name, tensor) for name, tensor in self.optimizers.state_tensors()]
         save_training(self.model, checkpoint_path(self.config.out, self.step), tensors=tensors, values=values)
         prune(self.config.out, self.config.keep)
+        if self.config.export:
+            extra = {"step": self.step, "chars": self.chars}
+            save_model(self.model, self.config.export, dtype="int8", extra=extra)
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def _take_up(self, state: TrainingState) -> None:
