@@ -12,11 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "src" / "butterfly_llm"
 MAX_LINES = 600
 # A module imports strictly lower ranks only; ops/ is one room, whose modules may import each other.
 RANKS = {
-    "config": 0, "text": 0, "memory": 0, "archives": 0, "licenses": 0, "signals": 0,
+    "config": 0, "text": 0, "memory": 0, "archives": 0, "licenses": 0, "signals": 0, "terminal": 0,
     "routing": 1, "data": 1,
     "ops": 2, "cache": 2,
     "model": 3,
-    "checkpoint": 4, "generate": 4, "evaluate": 4, "optim": 4, "reporting": 4,
+    "checkpoint": 4, "generate": 4, "evaluate": 4, "recall": 4, "optim": 4, "reporting": 4,
     "train": 5, "plot": 5,
     "cli": 6,
     "__main__": 7,

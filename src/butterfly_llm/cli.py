@@ -11,11 +11,10 @@ import io
 import json
 import os
 import platform
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import chain
@@ -23,13 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from butterfly_llm import __version__
 from butterfly_llm.config import PRESETS, ButterflyConfig, SamplingConfig, TrainConfig
 from butterfly_llm.memory import format_bytes
+from butterfly_llm.terminal import flatten, one_line, progress_bar, say, write
 from butterfly_llm.text import Encoding, Errors, encode
 
 if TYPE_CHECKING:
@@ -39,8 +36,6 @@ Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|cuda:N")]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 _PACKAGE = Path(__file__).parent
-# What a terminal would obey; a model may write any of the 256 characters.
-_CONTROLS = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ class Prepare:
         if not self.paths:
             raise ValueError("prepare: no input; give directories, files or archives")
         rules = FileRules(include=self.include, encoding=self.encoding, errors=self.errors)
-        with _progress("preparing", None) as update:
+        with progress_bar("preparing", None) as update:
             report = prepare(
                 self.paths,
                 self.out,
@@ -84,7 +79,7 @@ class Prepare:
                 progress=lambda project, chars: update(chars),
             )
         for line in report.lines():
-            _say(line)
+            say(line)
         print(self.out)
 
 
@@ -160,7 +155,7 @@ class Generate:
 
         cache = model.new_cache(1)
         reading, read = time.perf_counter(), 0.0
-        with _progress("reading", len(data)) as update:
+        with progress_bar("reading", len(data)) as update:
 
             def progress(chars: int) -> None:
                 nonlocal read
@@ -179,12 +174,12 @@ class Generate:
             )
             first = next(stream, "")
         for piece in chain((first,), stream):
-            _write(piece)
+            write(piece)
         if sys.stdout.isatty():
-            _write("\n")
+            write("\n")
         wrote = time.perf_counter() - reading - read
         drawn = cache.position - len(data)
-        _say(
+        say(
             f"read {len(data):,} characters at {len(data) / read:,.0f}/s, "
             f"wrote {drawn:,} at {drawn / wrote:,.1f}/s, state {format_bytes(cache.nbytes)}"
             + ("; the document or a stop string ended it" if drawn < self.max_chars else "")
@@ -210,7 +205,7 @@ class Generate:
         if found.skips.counts:
             notes.append(f"skipped {found.skips.summary()}")
         name = "this package's source" if self.context is None else "context"
-        _say(f"{name}: {len(found.data):,} characters of {', '.join(notes)}")
+        say(f"{name}: {len(found.data):,} characters of {', '.join(notes)}")
         return found.data
 
 
@@ -248,9 +243,56 @@ class Eval:
             self.files, encoding=self.encoding, errors=self.errors, max_chars=self.max_chars
         )
         model = _load(self.model, self.device, self.precision)
-        with _progress("evaluating", sum(len(d.data) for d in documents)) as update:
+        with progress_bar("evaluating", sum(len(d.data) for d in documents)) as update:
             result = evaluate(model, documents, context=self.context, progress=update)
         print(result.to_json() if self.json else format_table(result))
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Plant facts into real text, ask for them further on, and count the answers by hops and distance."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Text to plant into: files, directories, archives. Default: this package's source."""
+    model: Path | None = None
+    """Folder of a checkpoint. Default: the one that ships with the package."""
+    length: int = 4096
+    """Characters in a window."""
+    windows: int = 8
+    """Windows for each number of hops."""
+    distractors: int = 0
+    """Facts planted beside each one that is asked for."""
+    value_chars: int = 2
+    """Digits in a value."""
+    seed: int = 0
+    """Places, keys and values follow from it."""
+    json: bool = False
+    """Print one line of JSON instead of the table."""
+    device: Device = "auto"
+    """Where to run; auto takes a GPU where there is one."""
+    precision: Precision = "auto"
+    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+
+    def run(self) -> None:
+        if self.length < 512 or self.windows < 1:
+            raise ValueError("eval recall: --length must be at least 512 and --windows at least 1")
+        from butterfly_llm.data import read_context
+        from butterfly_llm.recall import Needles, evaluate_recall
+
+        text = read_context(self.files or sorted(_PACKAGE.rglob("*.py")), errors="replace").data
+        model = _load(self.model, self.device, self.precision)
+        needles = Needles(distractors=self.distractors, value_chars=self.value_chars)
+        with progress_bar("asking", None) as update:
+            result = evaluate_recall(
+                model,
+                text,
+                length=self.length,
+                windows=self.windows,
+                needles=needles,
+                seed=self.seed,
+                progress=update,
+            )
+        print(result.to_json() if self.json else "\n".join(result.lines()))
 
 
 @dataclass(frozen=True)
@@ -345,17 +387,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _parse(arguments).run()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         sys.exit(130)
     except BrokenPipeError:
         # The reader has left; closing the broken stdout at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        message = _message(error)
+        message = one_line(error)
         if message is None:
             raise
-        _say(f"butterfly: error: {message}")
+        say(f"butterfly: error: {message}")
         sys.exit(2)
 
 
@@ -371,6 +413,8 @@ def _parse(arguments: Sequence[str]) -> Any:
     if name == "--version":
         print(f"butterfly {__version__}")
         sys.exit(0)
+    if name == "eval" and options[:1] == ["recall"]:
+        return _tyro(Recall, prog="butterfly eval recall", args=options[1:])
     if name in _COMMANDS:
         default = {"default": Train.defaults(options)} if name == "train" else {}
         return _tyro(_COMMANDS[name], prog=f"butterfly {name}", args=options, **default)
@@ -391,25 +435,8 @@ def _tyro(form: Any, **options: Any) -> Any:
             return tyro.cli(form, config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone), **options)
     except SystemExit as stop:
         if stop.code:
-            raise ValueError(_flatten(complaint.getvalue())) from None
+            raise ValueError(flatten(complaint.getvalue())) from None
         raise
-
-
-def _flatten(box: str) -> str:
-    """The message in a box that tyro draws (UTF-8 or ASCII): its first part, and the options it suggests."""
-    parts: list[list[str]] = [[]]
-    for line in (raw.strip("\u2502 ") for raw in box.strip().splitlines()):
-        if re.fullmatch(r"[\u2500-]{8,}", line):
-            parts.append([])
-        elif line[:1] not in ("", "\u256d", "\u2570"):
-            parts[-1].append(line)
-    if "\u256d" not in box:
-        parts = parts[1:]  # the title, which the UTF-8 box has in its frame
-    message = " ".join(parts[0]) if parts else " ".join(box.split())
-    near = [line for part in parts[1:] if part and part[0].startswith("Perhaps") for line in part]
-    meant = dict.fromkeys(line.split()[0] for line in near if line.startswith("--"))
-    message = re.sub(r"^Error parsing (?!-)\S+: ", "", message)
-    return message + (f" (did you mean {' or '.join(meant)}?)" if meant else "")
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
@@ -420,19 +447,6 @@ def _option(arguments: Sequence[str], name: str) -> str | None:
         if argument.startswith(name + "="):
             return argument[len(name) + 1 :]
     return None
-
-
-def _message(error: Exception) -> str | None:
-    """One line for what a user can mend, None for what is a bug."""
-    if isinstance(error, OSError):
-        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    elif isinstance(error, (ValueError, ImportError, MemoryError)):
-        text = str(error) or "out of memory"
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-        text = "the GPU is out of memory: use a shorter context or a smaller model"
-    else:
-        return None
-    return " ".join(text.split())
 
 
 def _load(path: Path | None, device: str, precision: str) -> Butterfly:
@@ -493,35 +507,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _write(text: str) -> None:
-    """Text to stdout at once; to a terminal without the characters that would command it."""
-    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} chars/s")
-
-
-@contextmanager
-def _progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, when that is a terminal; yields the function that takes the characters done so far."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} chars"),
-        _Rate(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(title, total=total)
-        yield lambda done: bars.update(task, completed=done)

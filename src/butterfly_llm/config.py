@@ -218,6 +218,11 @@ class TrainConfig:
     """Stages (until which progress, window length in characters). A batch keeps its characters: windows
     four times as long are four times fewer."""
 
+    recall_share: float = 0.0
+    """Share of the windows into which facts and questions about them are planted, at growing distances."""
+    recall_weight: float = 10.0
+    """Weight in the loss of the characters of an answer; others have 1."""
+
     learning_rate: float = 2e-3
     """Peak learning rate of both optimisers (Muon's updates are scaled to the size of AdamW's)."""
     warmup_steps: int = 100
@@ -354,5 +359,5 @@ _TRAIN_RANGES = {
     "max_seconds": (0.0, 1e18), "finish_seconds": (0.0, 1e18),
     "learning_rate": (0.0, 1e18), "decay_from": (0.0, 0.99), "final_rate": (0.0, 1.0),
     "weight_decay": (0.0, 1e18), "clip_norm": (1e-12, 1e18),
-    "checkpoint_minutes": (0.0, 1e18),
+    "checkpoint_minutes": (0.0, 1e18), "recall_share": (0.0, 1.0), "recall_weight": (1e-6, 1e6),
 }  # fmt: skip

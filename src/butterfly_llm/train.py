@@ -40,6 +40,7 @@ from butterfly_llm.data import Corpus, sample_windows, val_windows
 from butterfly_llm.generate import generate_text
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import Optimizers, learning_rate, length_at, progress_at
+from butterfly_llm.recall import curriculum
 from butterfly_llm.reporting import Reporter
 from butterfly_llm.signals import StopSignals
 from butterfly_llm.text import encode
@@ -89,6 +90,8 @@ def train(
     the next step boundary and raises SystemExit (143 or 130); a second signal ends the process at once.
     ValueError for settings, data and checkpoints that do not fit; TrainingDiverged after `max_bad_steps`.
     """
+    if transform is None and config.recall_share > 0:
+        transform = curriculum(share=config.recall_share, weight=config.recall_weight, seed=config.seed)
     run = _Run(
         config,
         model_config,

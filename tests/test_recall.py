@@ -1,0 +1,169 @@
+"""The recall tasks: what is planted can be found, is counted rightly, and follows from the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from butterfly_llm.config import ButterflyConfig, TrainConfig
+from butterfly_llm.data import Corpus
+from butterfly_llm.model import Butterfly
+from butterfly_llm.recall import Needles, at_hops, curriculum, evaluate_recall, plant, within
+from butterfly_llm.routing import hops
+from butterfly_llm.train import train
+
+TEXT = np.tile(np.arange(97, 123, dtype=np.uint8), 4000)
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, 0]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_answers_stand_where_they_are_said_to_stand(seed: int) -> None:
+    needles = Needles(pairs=6, distractors=5, value_chars=3)
+    window, answers = plant(TEXT[:4097], needles, generator(seed), within(10))
+    text = window.tobytes()
+    assert len(answers) == 6
+    assert text.count(b"#KEY ") == 11 and text.count(b"#GET ") == 6
+    keys = [text[a.start - 3 : a.start - 1] for a in answers]
+    assert len(set(keys)) == 6
+    for key, answer in zip(keys, answers, strict=True):
+        value = text[answer.start : answer.start + 3]
+        assert (
+            value.isdigit()
+            and text[answer.fact - 8 : answer.fact + 4] == b"#KEY " + key + b"=" + value + b"\n"
+        )
+        assert text[answer.start - 8 : answer.start] == b"#GET " + key + b"="
+        assert 0 < answer.distance <= 11 * 64
+    changed = np.flatnonzero(window != TEXT[:4097])
+    assert len(changed) <= 17 * needles.item_chars
+
+
+def test_items_lie_across_chunk_borders_too() -> None:
+    crossing = 0
+    for seed in range(200):
+        _, (answer,) = plant(TEXT[:1025], Needles(), generator(seed), within(8))
+        crossing += answer.start // 128 != (answer.start + 1) // 128
+    assert crossing > 0
+
+
+@pytest.mark.parametrize("count", range(5))
+def test_hops_are_those_of_the_place(count: int) -> None:
+    for _ in range(20):
+        found = at_hops(count, 2)(generator(count), 64)
+        if found is not None:
+            fact, question = found
+            assert fact < question and question >= 32
+            assert hops(question // 2 - fact // 2) == count
+
+
+class Oracle:
+    """Finds the value of a key in the text before it, up to `memory` characters back; else says '?'."""
+
+    def __init__(self, memory: int) -> None:
+        self.config = ButterflyConfig.preset("small")
+        self.embed = SimpleNamespace(weight=torch.zeros(1))
+        self.memory = memory
+        self.asked = 0
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        text = bytes(ids[0].tolist())
+        out = torch.full((1, len(text)), ord("?"))
+        for at in range(len(text)):
+            for digits in (0, 1):
+                end = at + 1 - digits
+                if text[end - 1 : end] == b"=" and text[max(0, end - 8) : end - 3] == b"#GET ":
+                    fact = text.rfind(b"#KEY " + text[end - 3 : end], max(0, at - self.memory), at)
+                    out[0, at] = text[fact + 8 + digits] if fact >= 0 else ord("?")
+        return out[..., None]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(hidden[..., 0], 256)
+
+
+def test_an_oracle_is_right_at_every_hop_and_a_short_memory_only_near() -> None:
+    whole = evaluate_recall(Oracle(10**6), TEXT.tobytes(), length=4096, windows=3)  # type: ignore[arg-type]
+    assert list(whole.by_hops) == [0, 1, 2, 3, 4, 5]  # 32 chunks: 31 is five set bits, from last to first
+    assert all(share == 1.0 for share, _ in whole.by_hops.values())
+    assert all(whole.by_hops[count][1] == 3 for count in range(5))
+    short = evaluate_recall(Oracle(1000), TEXT.tobytes(), length=4096, windows=8)  # type: ignore[arg-type]
+    assert short.by_distance[256][0] == 1.0
+    assert short.by_distance[4096][0] == 0.0
+    assert "hops" in next(short.lines()) and '"by_hops"' in short.to_json()
+
+
+def test_an_untrained_model_finds_nothing() -> None:
+    model = Butterfly(ButterflyConfig.preset("micro"))
+    result = evaluate_recall(model, TEXT.tobytes(), length=1024, windows=2)
+    assert sum(share for share, _ in result.by_hops.values()) == 0.0
+
+
+def test_a_text_shorter_than_a_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="the text has 100 characters, a window takes 4,097"):
+        evaluate_recall(Butterfly(ButterflyConfig.preset("micro")), b"a" * 100, length=4096)
+
+
+def test_impossible_needles_are_refused() -> None:
+    with pytest.raises(ValueError, match="cannot name 30 keys"):
+        Needles(pairs=30, key_chars=1)
+    with pytest.raises(ValueError, match="do not fit"):
+        plant(TEXT[:200], Needles(), generator(), within(2))
+
+
+def test_the_curriculum_depends_on_step_and_row_alone() -> None:
+    transform = curriculum(share=0.5, weight=10.0, seed=3)
+    windows = np.stack([TEXT[i : i + 1025] for i in range(8)])
+    text, weights = transform(windows, 7, 0, 0.3)
+    assert 0 < sum((a != b).any() for a, b in zip(text, windows, strict=True)) < 8
+    for first in (2, 5):
+        part, part_weights = transform(windows[first:], 7, first, 0.3)
+        assert np.array_equal(part, text[first:]) and np.array_equal(part_weights, weights[first:])
+    other, _ = transform(windows, 8, 0, 0.3)
+    assert not np.array_equal(other, text)
+    for row in range(8):  # targets[i] is window[i + 1]: the weighted ones are digits of answers
+        heavy = np.flatnonzero(weights[row] == 10.0)
+        assert all(chr(text[row, i + 1]).isdigit() for i in heavy)
+        assert (weights[row] == 10.0).any() == (text[row] != windows[row]).any()
+
+
+def test_the_distance_grows_with_progress() -> None:
+    transform = curriculum(share=1.0, weight=10.0, seed=0)
+    windows = np.stack([TEXT[:16_385]] * 4)
+
+    def farthest(progress: float) -> int:
+        far = 0
+        text, weights = transform(windows, 0, 0, progress)
+        for row, each in zip(text, weights, strict=True):
+            whole = row.tobytes()
+            for i in np.flatnonzero((each == 10.0) & (np.roll(each, 1) == 1.0)):
+                key = whole[i - 2 : i + 1]
+                far = max(far, int(i) - whole.index(b"#KEY " + key))
+        return far
+
+    distances = [farthest(p) for p in (0.0, 0.3, 0.7, 1.0)]
+    assert distances[0] <= 5 * 64 < distances[1] < distances[2]
+    assert distances[3] > 8192
+
+
+def test_training_plants_needles_and_repeats_itself(tmp_path: Path) -> None:
+    source = tmp_path / "train.bin"
+    source.write_bytes(TEXT.tobytes())
+    corpus = Corpus(source)
+
+    def losses(name: str, share: float) -> list[float]:
+        settings = TrainConfig(
+            out=str(tmp_path / name), device="cpu", steps=3, batch_chars=1024, lengths=((1.0, 512),),
+            val_chars=512, recall_share=share,
+        )  # fmt: skip
+        micro = ButterflyConfig.preset("micro")
+        return train(settings, micro, corpus=corpus, val_corpus=corpus).losses
+
+    planted = losses("planted", 1.0)
+    assert planted == losses("again", 1.0)
+    assert planted != losses("plain", 0.0)
