@@ -127,32 +127,21 @@ class Layer(nn.Module):
         )
         return self.finish(self, x.flatten(0, 1), y.flatten(0, 1)).view(x.shape)
 
-    def prefill(
-        self, x: Tensor, memory: Tensor | None, stride: int, ring: tuple[Tensor, Tensor], position: int
+    def stream(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        stride: int,
+        ring: tuple[Tensor, Tensor],
+        position: int,
+        attend: Callable[..., Tensor],
     ) -> Tensor:
-        """`forward` for the characters `position`.. of a stream."""
-        q, k, v = self._project(x, memory)
-        y = prefill_attention(
-            q,
-            k,
-            v,
-            ring,
-            position=position,
-            stride=stride,
-            topology=self.config.routing,
-            rope_theta=self.config.rope_theta,
-        )
-        return self._finish(x, y)
+        """`forward` for the characters `position`.. of a stream: x (B, T, d), or (B, d) for a single one.
 
-    def step(
-        self, x: Tensor, memory: Tensor | None, stride: int, ring: tuple[Tensor, Tensor], position: int
-    ) -> Tensor:
-        """`forward` for one character: x (B, d), memory (B, M) -> (B, d)."""
-        q, k, v = self._project(x, memory)
-        y = step_attention(
-            q,
-            k,
-            v,
+        attend: `prefill_attention` or `step_attention`.
+        """
+        y = attend(
+            *self._project(x, memory),
             ring,
             position=position,
             stride=stride,
@@ -344,35 +333,41 @@ class Butterfly(nn.Module):
         while done < ids.shape[1]:
             # End slices on chunk boundaries, so that only the first and the last are ragged.
             count = self.prefill_slice - (cache.position % self.config.chunk_size)
-            x = self._prefill_slice(ids[:, done : done + max(1, count)], cache)
-            done += x.shape[1]
+            part = ids[:, done : done + max(1, count)]
+            x = self._prefill_slice(part, cache)
+            done += part.shape[1]
             if progress is not None:
                 progress(min(done, ids.shape[1]))
         assert x is not None
         return cast(Tensor, self.head(self.norm(x[:, -1])).float())
 
-    def _stream_write(self, index: int, x: Tensor) -> Tensor:
-        return cast(Tensor, self.writes[index](x))
-
     def _prefill_slice(self, ids: Tensor, cache: Cache) -> Tensor:
+        """Append ids (B, T) at once -> hidden states (B, T, d), before the last norm."""
+        x = self._stream(ids, cache, prefill_attention, partner_rows_prefill)
+        cache.position += ids.shape[1]
+        return x
+
+    def _stream(
+        self, ids: Tensor, cache: Cache, attend: Callable[..., Tensor], partner_of: Callable[..., Tensor]
+    ) -> Tensor:
+        """Characters ids (B, T) or (B,) of a stream through all layers -> (B, T, d) or (B, d)."""
         position = cache.position
 
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
             ring = (cache.keys[index], cache.values[index])
             layer = cast(Layer, self.layers[index])
-            return layer.prefill(x, memory, self.routes[index].stride, ring, position)
+            return layer.stream(x, memory, self.routes[index].stride, ring, position, attend)
 
         def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
             ring = cache.carries[index]
-            assert ring is not None
-            partner = partner_rows_prefill(
-                scan, ring, position=position, stride=self.routes[index].stride, topology=self.config.routing
-            )
+            stride, topology = self.routes[index].stride, self.config.routing
+            partner = partner_of(scan, ring, position=position, stride=stride, topology=topology)
             return cast(Tensor, self.merges[merge_index](scan, partner))
 
-        x = self._walk(self._embed(ids), run_layer, run_merge, self._stream_write)
-        cache.position = position + ids.shape[1]
-        return x
+        def run_write(index: int, x: Tensor) -> Tensor:
+            return cast(Tensor, self.writes[index](x))
+
+        return self._walk(self._embed(ids), run_layer, run_merge, run_write)
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
@@ -381,23 +376,8 @@ class Butterfly(nn.Module):
             raise ValueError(f"ids {tuple(ids.shape)} must be ({cache.batch_size},) for this cache")
         if len(ids) == 1 and self._on_cpu_in_float32(cache):
             return self._numpy_step(int(ids), cache)
-        position = cache.position
-
-        def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
-            ring = (cache.keys[index], cache.values[index])
-            layer = cast(Layer, self.layers[index])
-            return layer.step(x, memory, self.routes[index].stride, ring, position)
-
-        def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
-            ring = cache.carries[index]
-            assert ring is not None
-            partner = partner_row_step(
-                scan, ring, position=position, stride=self.routes[index].stride, topology=self.config.routing
-            )
-            return cast(Tensor, self.merges[merge_index](scan, partner))
-
-        x = self._walk(self._embed(ids), run_layer, run_merge, self._stream_write)
-        cache.position = position + 1
+        x = self._stream(ids, cache, step_attention, partner_row_step)
+        cache.position += 1
         return cast(Tensor, self.head(self.norm(x)).float())
 
     def _on_cpu_in_float32(self, cache: Cache) -> bool:
