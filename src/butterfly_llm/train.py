@@ -401,7 +401,7 @@ def estimate_train_bytes(config: TrainConfig, model_config: ButterflyConfig, val
     layer = 5 * model_config.hidden_size + 8 * attention + 3 * model_config.intermediate_size
     layer += 6 * model_config.carry_size
     if config.compile:
-        layer = layer * 3 // 5  # fused operations recompute what is cheap
+        layer = layer * 4 // 5  # 76.7 GB were measured for `small` and 131,072 characters, 76 are estimated
     per_char = layer * model_config.num_layers
     if config.gradient_checkpointing:
         kept = model_config.hidden_size + 4 * model_config.carry_size
