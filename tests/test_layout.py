@@ -13,17 +13,29 @@ MAX_LINES = 600
 # A module imports strictly lower ranks only; ops/ is one room, whose modules may import each other.
 RANKS = {
     "config": 0, "text": 0, "memory": 0, "archives": 0, "licenses": 0, "signals": 0, "terminal": 0,
+    "guard": 0, "protocol": 0,
     "routing": 1, "data": 1,
     "ops": 2, "cache": 2,
     "model": 3,
     "checkpoint": 4, "generate": 4, "evaluate": 4, "recall": 4, "optim": 4, "reporting": 4,
-    "train": 5, "plot": 5, "hf": 5,
-    "cli": 6,
-    "__main__": 7,
+    "train": 5, "plot": 5, "hf": 5, "engine": 5,
+    "serve": 6,
+    "cli": 7,
+    "__main__": 8,
 }  # fmt: skip
-OPTIONAL = ("matplotlib", "zstandard", "triton", "transformers", "hypothesis", "pytest", "PIL")
+OPTIONAL = (
+    "matplotlib",
+    "zstandard",
+    "triton",
+    "transformers",
+    "fastapi",
+    "uvicorn",
+    "hypothesis",
+    "pytest",
+    "PIL",
+)
 # Written in terms of an optional package: imported by those who have it.
-EXTRAS = ("triton_kernels.py", "hf.py")
+EXTRAS = ("triton_kernels.py", "hf.py", "serve.py", "guard.py", "protocol.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,4 +1,4 @@
-"""The `butterfly` command: prepare, train, generate, eval, export, plot, info.
+"""The `butterfly` command: prepare, train, generate, eval, export, plot, serve, info.
 
 Results go to stdout, everything else to stderr. Bad input is one line on stderr and exit code 2. torch is
 imported by the commands that need it, so that `butterfly --help` is quick.
@@ -338,6 +338,50 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP in the OpenAI protocol, with a page at /. Ends with Ctrl-C."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; one that other machines reach needs a token."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    token: str | None = None
+    """What clients must send as Authorization: Bearer. Better set BUTTERFLY_TOKEN: flags show in ps."""
+    slots: int = 8
+    """Streams at once, each with a state of its own; further ones are told to come back."""
+    contexts: int = 4
+    """Texts whose state is kept for clients to continue."""
+    encoding: Encoding = "latin-1"
+    """latin-1: one character, one token. utf-8: one byte, one token."""
+    max_chars: int = 65_536
+    """Characters that one request may ask for."""
+    max_body_bytes: int = 16_000_000
+    """Size of a request at most, uploaded texts included."""
+    model: Path | None = None
+    """Folder of a checkpoint. Default: the one that ships with the package."""
+    device: Device = "auto"
+    """Where to run; auto takes a GPU where there is one."""
+    precision: Precision = "auto"
+    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+
+    def run(self) -> None:
+        from butterfly_llm.serve import serve
+
+        serve(
+            lambda: _load(self.model, self.device, self.precision),
+            name="butterfly" if self.model is None else self.model.resolve().name,
+            host=self.host,
+            port=self.port,
+            token=self.token,
+            slots=self.slots,
+            contexts=self.contexts,
+            encoding=self.encoding,
+            max_chars=self.max_chars,
+            max_body=self.max_body_bytes,
+        )
+
+
+@dataclass(frozen=True)
 class Info:
     """Versions, devices and backends; parameters, state and reach of a preset or a checkpoint."""
 
@@ -403,7 +447,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 _COMMANDS: dict[str, Any] = {
     "prepare": Prepare, "train": Train, "generate": Generate, "eval": Eval,
-    "export": Export, "plot": Plot, "info": Info,
+    "export": Export, "plot": Plot, "serve": Serve, "info": Info,
 }  # fmt: skip
 
 

@@ -1,0 +1,487 @@
+"""Many streams on one model: one thread reads prompts in slices and writes every stream a character a turn.
+
+    with Engine(Serial(model), slots=8) as engine:
+        stream = engine.submit(Job(prompt=b"def ", max_chars=100), print)
+
+Nothing a stream computes depends on the others: slices end at fixed positions, draws follow from (seed,
+position), and a turn only decides when a stream goes on. `Serial` steps the streams one after the other; a
+batched stepper takes its place by having the same four members.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from butterfly_llm import memory
+from butterfly_llm.cache import Cache, cache_nbytes, routes_of
+from butterfly_llm.config import SamplingConfig
+from butterfly_llm.generate import _mix, _overlap, _pick, probabilities
+from butterfly_llm.model import Butterfly
+
+Reason = Literal["stop", "length", "context", "cancelled"]
+_log = logging.getLogger("butterfly_llm.engine")
+_MEMORY_ADVICE = "wait for other streams to end, delete contexts, or start the server with fewer --slots"
+
+
+class Busy(Exception):
+    """No slot is free for another stream."""
+
+
+class Full(Exception):
+    """No further context can be kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural log probabilities under the model itself, before temperature and top-p."""
+
+    character: int
+    value: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """So many characters of the prompt are read. The first one, with 0: the stream has its state."""
+
+    done: int
+    total: int
+    state_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """New characters, with one Logprob each where the job asks for them."""
+
+    characters: bytes
+    logprobs: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a stream that did not fail; `drawn` characters, a stop string included."""
+
+    reason: Reason
+    drawn: int
+    context: Context | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last event of a stream that did: 503 out of memory, 500 anything else."""
+
+    status: int
+    message: str
+
+
+Event = Read | Written | Finished | Failed
+
+
+@dataclass(frozen=True)
+class Context:
+    """A text that has been read, to be continued any number of times."""
+
+    id: str
+    cache: Cache
+    logits: Tensor  # (1, V) for the character after the text
+    created: int  # seconds since 1970
+
+    @property
+    def characters(self) -> int:
+        return self.cache.position
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one stream shall do: read `prompt` after `base`, then write, or `keep` the state as a context."""
+
+    prompt: bytes
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_chars: int = 0
+    stop: tuple[bytes, ...] = ()
+    top_logprobs: int | None = None
+    base: Context | None = None
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt and self.base is None:
+            raise ValueError("the prompt is empty; give at least one character to continue from")
+        if not all(self.stop):
+            raise ValueError("a stop string is empty")
+        if self.max_chars < 0:
+            raise ValueError(f"max_chars must be 0 or above, not {self.max_chars}")
+
+
+class Stepper(Protocol):
+    """All that the engine asks of a model."""
+
+    batch: int  # streams that one `step` takes at most
+    nbytes: int  # bytes of the full state of a stream
+
+    def fresh(self) -> Cache:
+        """An empty state; ValueError when it does not fit into memory."""
+
+    def read(self, characters: bytes, cache: Cache) -> Tensor:
+        """Append characters -> logits (1, V)."""
+
+    def step(self, characters: Sequence[int], caches: Sequence[Cache]) -> list[Tensor]:
+        """Append one character to each stream -> logits (1, V) each."""
+
+
+class Serial:
+    """One stream after the other."""
+
+    batch = 1
+
+    def __init__(self, model: Butterfly) -> None:
+        if not model.config.causal:
+            raise ValueError("a bidirectional model (routing xor) cannot write")
+        self.model = model
+        self.device = model.embed.weight.device
+        self.nbytes = cache_nbytes(model.config, 1, model.compute_dtype)
+
+    def fresh(self) -> Cache:
+        return self.model.new_cache(1)
+
+    def read(self, characters: bytes, cache: Cache) -> Tensor:
+        ids = torch.frombuffer(bytearray(characters), dtype=torch.uint8)[None]
+        return self.model.prefill(ids.to(self.device), cache)
+
+    def step(self, characters: Sequence[int], caches: Sequence[Cache]) -> list[Tensor]:
+        pairs = zip(characters, caches, strict=True)
+        return [self.model.step(torch.tensor([c], device=self.device), cache) for c, cache in pairs]
+
+
+@dataclass(eq=False)
+class Stream:
+    """A job under way. The engine's thread owns it; others call `cancel` and count up `consumed`."""
+
+    job: Job
+    notify: Callable[[Event], None]
+    cancelled: bool = False
+    consumed: int = 0  # events that the receiver is done with
+    produced: int = 0
+    cache: Cache | None = None
+    logits: Tensor | None = None  # once the prompt is read
+    read: int = 0
+    drawn: int = 0
+    turn: int = 0  # when it last read a slice
+    moved: float = field(default_factory=time.monotonic)  # when it last could go on
+    held: bytearray = field(default_factory=bytearray)  # may be the beginning of a stop string
+    held_logprobs: list[Logprob] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        """End it before the engine's next turn; its state is freed then."""
+        self.cancelled = True
+
+
+@dataclass
+class Counters:
+    """Sums since the start; only the engine's thread writes them."""
+
+    read: int = 0
+    written: int = 0
+    reading_seconds: float = 0.0
+    writing_seconds: float = 0.0
+    finished: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("stop", "length", "context", "cancelled", "failed"), 0)
+    )
+
+
+class Engine:
+    """Steps up to `slots` streams in turn and keeps up to `contexts` states.
+
+    slice_chars:   characters of a prompt read at a time, between two turns of the writing streams.
+    backlog:       events a receiver may leave waiting before its stream pauses.
+    stall_seconds: how long a stream may be paused before it is cancelled.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        *,
+        slots: int = 8,
+        contexts: int = 4,
+        slice_chars: int = 256,
+        backlog: int = 256,
+        stall_seconds: float = 60.0,
+    ) -> None:
+        if min(slots, slice_chars, backlog) < 1 or contexts < 0:
+            raise ValueError("engine: slots, slice_chars and backlog must be at least 1, contexts at least 0")
+        self.stepper = stepper
+        self.slots = slots
+        self.max_contexts = contexts
+        self.slice_chars = slice_chars
+        self.backlog = backlog
+        self.stall_seconds = stall_seconds
+        self.counters = Counters()
+        self.contexts: dict[str, Context] = {}
+        self._streams: list[Stream] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._next_slice = 0.0
+        self._turns = 0
+        self._generator = torch.Generator(device="cpu")
+        self._thread = threading.Thread(target=self._run, name="butterfly-engine", daemon=True)
+
+    def __enter__(self) -> Engine:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def active(self) -> int:
+        """Slots in use."""
+        return len(self._streams)
+
+    def state_bytes(self) -> int:
+        """Bytes that streams and contexts have written to so far."""
+        return sum(self.used_bytes(cache) for cache in self._caches())
+
+    def used_bytes(self, cache: Cache) -> int:
+        """Bytes of a state that are committed: of the rings on a CPU, the chunks met so far."""
+        if cache.keys[0].device.type != "cpu":
+            return cache.nbytes
+        chunks = -(-cache.position // cache.config.chunk_size)
+        layers = zip(routes_of(cache.config), cache.keys, cache.values, cache.carries, strict=True)
+        used = 0
+        for route, keys, values, carry in layers:
+            slots = route.stride + 1
+            layer = keys.nbytes + values.nbytes + (0 if carry is None else carry.nbytes)
+            used += layer // slots * min(slots, chunks)
+        return used
+
+    def submit(self, job: Job, notify: Callable[[Event], None]) -> Stream:
+        """Begin a job. `notify` is called on the engine's thread with every event, and must not block.
+
+        Busy when no slot is free, Full when the job wants to keep one context too many.
+        """
+        stream = Stream(job, notify)
+        with self._wake:
+            if self._closing or len(self._streams) >= self.slots:
+                raise Busy
+            kept = len(self.contexts) + sum(other.job.keep for other in self._streams)
+            if job.keep and kept >= self.max_contexts:
+                raise Full
+            self._streams.append(stream)
+            self._wake.notify()
+        return stream
+
+    def forget(self, name: str) -> bool:
+        """Drop a context; streams that began from it go on."""
+        with self._wake:
+            return self.contexts.pop(name, None) is not None
+
+    def _caches(self) -> list[Cache]:
+        with self._wake:
+            states = [stream.cache for stream in self._streams]
+            return [c for c in states if c is not None] + [c.cache for c in self.contexts.values()]
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._streams and not self._closing:
+                    self._wake.wait()
+                streams, closing = list(self._streams), self._closing
+            if closing:
+                for stream in streams:
+                    self._end(stream, Finished("cancelled", stream.drawn))
+                return
+            idle = not self._turn(streams)
+            del streams  # while waiting, hold on to no job's context
+            if idle:
+                with self._wake:
+                    self._wake.wait(0.02)  # all receivers are behind
+
+    def _turn(self, streams: list[Stream]) -> bool:
+        """Every writing stream one character, and a slice of one prompt; False if there was nothing to do.
+
+        While streams write, reading takes at most half of the time.
+        """
+        writing, reading = [], []
+        for stream in streams:
+            if stream.cancelled or self._stalled(stream):
+                self._end(stream, Finished("cancelled", stream.drawn))
+            elif stream.logits is None:
+                reading.append(stream)
+            elif stream.produced - stream.consumed < self.backlog:
+                writing.append(stream)
+        for first in range(0, len(writing), self.stepper.batch):
+            self._write(writing[first : first + self.stepper.batch])
+        now = time.monotonic()
+        if reading and (not writing or now >= self._next_slice):
+            stream = min(reading, key=lambda each: each.turn)
+            self._turns += 1
+            stream.turn = self._turns
+            try:
+                self._read(stream)
+            except Exception as error:
+                self._fail(stream, error)
+            after = time.monotonic()
+            self.counters.reading_seconds += after - now
+            self._next_slice = after + (after - now)
+        return bool(writing or reading)
+
+    def _stalled(self, stream: Stream) -> bool:
+        now = time.monotonic()
+        if stream.produced - stream.consumed < self.backlog:
+            stream.moved = now
+        return now - stream.moved > self.stall_seconds
+
+    def _read(self, stream: Stream) -> None:
+        """The next slice of the prompt; slices end at multiples of `slice_chars`."""
+        job = stream.job
+        if stream.cache is None:
+            stream.cache = self._state(job.base)
+        cache = stream.cache
+        if stream.read == 0:
+            self._emit(stream, Read(0, len(job.prompt), self.used_bytes(cache)))
+        logits = None if job.base is None else job.base.logits
+        if stream.read < len(job.prompt):
+            count = self.slice_chars - cache.position % self.slice_chars
+            piece = job.prompt[stream.read : stream.read + count]
+            logits = self.stepper.read(piece, cache)
+            stream.read += len(piece)
+            self.counters.read += len(piece)
+            self._emit(stream, Read(stream.read, len(job.prompt), self.used_bytes(cache)))
+        if stream.read < len(job.prompt):
+            return
+        assert logits is not None
+        stream.logits = logits
+        if job.keep:
+            context = Context(f"ctx-{secrets.token_hex(8)}", cache, logits, int(time.time()))
+            with self._wake:
+                if not stream.cancelled:
+                    self.contexts[context.id] = context
+            self._end(stream, Finished("context", 0, context))
+        elif job.max_chars == 0:
+            self._end(stream, Finished("length", 0))
+
+    def _state(self, base: Context | None) -> Cache:
+        """A new state, a copy of a context's; MemoryError unless it and all others can grow to full size."""
+        caches = self._caches()
+        growth = sum(cache.nbytes - self.used_bytes(cache) for cache in caches)
+        device = str(caches[0].keys[0].device) if caches else None
+        try:
+            if device is not None:
+                what = f"one more stream beside {len(caches)} states"
+                memory.require(self.stepper.nbytes + growth, device, what, _MEMORY_ADVICE)
+            cache = self.stepper.fresh()
+        except ValueError as error:
+            raise MemoryError(str(error)) from None
+        if base is not None:
+            chunks = -(-base.cache.position // cache.config.chunk_size)
+            with torch.inference_mode():
+                pairs = zip([*cache.keys, *cache.values], [*base.cache.keys, *base.cache.values], strict=True)
+                for mine, its in pairs:
+                    mine[:, :, :chunks] = its[:, :, :chunks]  # slots beyond were never written
+                for own, carry in zip(cache.carries, base.cache.carries, strict=True):
+                    if own is not None and carry is not None:
+                        own[:, :chunks] = carry[:, :chunks]
+            cache.position = base.cache.position
+        return cache
+
+    def _write(self, streams: list[Stream]) -> None:
+        """One character for each of at most `batch` streams."""
+        started = time.monotonic()
+        going: list[Stream] = []
+        characters: list[int] = []
+        for stream in streams:
+            try:
+                character = self._draw(stream)
+                if not self._accept(stream, character):
+                    going.append(stream)
+                    characters.append(character)
+            except Exception as error:
+                self._fail(stream, error)
+        try:
+            caches = [stream.cache for stream in going if stream.cache is not None]
+            for stream, logits in zip(going, self.stepper.step(characters, caches), strict=True):
+                stream.logits = logits
+        except Exception as error:
+            for stream in going:
+                self._fail(stream, error)
+        self.counters.writing_seconds += time.monotonic() - started
+
+    def _draw(self, stream: Stream) -> int:
+        """As `generate` draws: the same seed writes the same text."""
+        assert stream.logits is not None and stream.cache is not None
+        sampling = stream.job.sampling
+        weights = probabilities(stream.logits[0], b"", sampling)
+        self._generator.manual_seed(_mix(sampling.seed, stream.cache.position))
+        return _pick(weights, torch.rand((), generator=self._generator, dtype=torch.float64))
+
+    def _accept(self, stream: Stream, character: int) -> bool:
+        """Pass on what cannot be part of a stop string any more; True if the stream has ended."""
+        job, held = stream.job, stream.held
+        stream.drawn += 1
+        self.counters.written += 1
+        held.append(character)
+        if job.top_logprobs is not None:
+            assert stream.logits is not None
+            stream.held_logprobs.append(_logprob(stream.logits[0], character, job.top_logprobs))
+        ended = max((len(stop) for stop in job.stop if held.endswith(stop)), default=0)
+        last = stream.drawn >= job.max_chars
+        back = ended or (0 if last else max((_overlap(held, stop) for stop in job.stop), default=0))
+        free = len(held) - back
+        if free:
+            self._emit(stream, Written(bytes(held[:free]), tuple(stream.held_logprobs[:free])))
+            del held[:free]
+            del stream.held_logprobs[:free]
+        if ended or last:
+            self._end(stream, Finished("stop" if ended else "length", stream.drawn))
+        return bool(ended or last)
+
+    def _emit(self, stream: Stream, event: Event) -> None:
+        stream.produced += 1
+        try:
+            stream.notify(event)
+        except Exception:  # the receiver's loop is closed
+            stream.cancelled = True
+
+    def _fail(self, stream: Stream, error: Exception) -> None:
+        scarce = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+            isinstance(error, RuntimeError) and "memory" in str(error)
+        )
+        if scarce:
+            said = " ".join(str(error).split())
+            message = said if isinstance(error, MemoryError) and said else f"out of memory: {_MEMORY_ADVICE}"
+            self._end(stream, Failed(503, message))
+        else:
+            _log.error("a stream failed", exc_info=error)
+            self._end(stream, Failed(500, "the stream failed; the server's log says why"))
+
+    def _end(self, stream: Stream, event: Finished | Failed) -> None:
+        """Free slot and state, then say so."""
+        stream.cache = stream.logits = None
+        with self._wake:
+            if stream in self._streams:
+                self._streams.remove(stream)
+        name = event.reason if isinstance(event, Finished) else "failed"
+        self.counters.finished[name] += 1
+        self._emit(stream, event)
+
+
+def _logprob(logits: Tensor, character: int, count: int) -> Logprob:
+    """logits (V,)."""
+    values = torch.log_softmax(logits.detach().to("cpu", torch.float64), 0)
+    best = torch.sort(values, descending=True, stable=True).indices[:count].tolist()
+    return Logprob(character, float(values[character]), tuple((i, float(values[i])) for i in best))

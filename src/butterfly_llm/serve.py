@@ -1,0 +1,562 @@
+"""An HTTP server that speaks the OpenAI protocol (extra `serve`): completions, chat, kept contexts, metrics.
+
+    serve(load_pretrained, port=8000)
+
+Request bodies are read and checked here, in full and strictly, before a stream begins: what a client can get
+wrong is 4xx with one sentence. The work is done by `engine.Engine` on its own thread; a request's handler
+only waits for events. docs/server.md describes the routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
+    from pydantic import ValidationError
+    from starlette.exceptions import HTTPException
+    from starlette.types import Receive, Scope, Send
+except ImportError as error:  # pragma: no cover
+    raise ImportError(f"butterfly serve: no {error.name} here: pip install 'butterfly-llm[serve]'") from None
+
+from butterfly_llm.config import SamplingConfig
+from butterfly_llm.engine import (
+    Busy,
+    Context,
+    Engine,
+    Event,
+    Failed,
+    Finished,
+    Full,
+    Job,
+    Logprob,
+    Read,
+    Serial,
+    Stream,
+    Written,
+)
+from butterfly_llm.guard import Guard, Refused, answer_json, error_body, loopback, refusal, token_of
+from butterfly_llm.memory import format_bytes
+from butterfly_llm.model import Butterfly
+from butterfly_llm.protocol import (
+    CHAT_STOP,
+    ChatRequest,
+    CompletionRequest,
+    ContextRequest,
+    Strict,
+    chat_text,
+)
+from butterfly_llm.text import Encoding, StreamDecoder, decode, encode
+
+BODY_SECONDS = 60.0  # a body that takes longer to arrive is given up
+_PAGE = Path(__file__).parent / "static" / "index.html"
+Form = TypeVar("Form", bound=Strict)
+
+
+class _Events(Response):
+    """Server-sent events. However it ends, `closing` is called."""
+
+    def __init__(self, chunks: AsyncIterator[Any], closing: Callable[[], None]) -> None:
+        super().__init__(None, 200, {"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self.chunks, self.closing = chunks, closing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [each for each in self.raw_headers if each[0] != b"content-length"]
+        headers.append((b"content-type", b"text/event-stream; charset=utf-8"))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for chunk in self.chunks:
+                text = chunk if isinstance(chunk, str) else json.dumps(chunk)
+                body = f"data: {text}\n\n".encode("ascii")
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        except OSError:
+            pass  # the client has left
+        finally:
+            self.closing()
+
+
+class _Run:
+    """A stream seen from its request: events in order, cancelled when the client leaves."""
+
+    def __init__(self, engine: Engine, job: Job, receive: Receive) -> None:
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+
+        def notify(event: Event) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        try:
+            self.stream: Stream = engine.submit(job, notify)
+        except Busy:
+            message = f"all {engine.slots} slots are in use; try again soon"
+            raise Refused(429, message, Retry_After="1") from None
+        except Full:
+            message = f"{engine.max_contexts} contexts are kept, which is all; delete one first"
+            raise Refused(429, message, Retry_After="60") from None
+        self._queue = queue
+        self._watch = loop.create_task(self._leave(receive))
+
+    async def _leave(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.stream.cancel()
+
+    async def start(self) -> None:
+        """Wait until the stream has its state; Refused when there is no memory for it."""
+        event = await self._next()
+        if isinstance(event, Failed):
+            raise Refused(
+                event.status, event.message, **({"Retry_After": "5"} if event.status == 503 else {})
+            )
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Up to Finished; Refused when it fails on the way."""
+        while True:
+            event = await self._next()
+            if isinstance(event, Failed):
+                raise Refused(event.status, event.message)
+            if isinstance(event, Finished) and event.reason == "cancelled":
+                raise Refused(503, "the stream was cancelled")
+            yield event
+            if isinstance(event, Finished):
+                return
+
+    async def _next(self) -> Event:
+        event = await self._queue.get()
+        self.stream.consumed += 1
+        return event
+
+    def close(self) -> None:
+        self.stream.cancel()
+        self._watch.cancel()
+
+
+class _Answer:
+    """The words of one answer in the form of the protocol: completion or chat."""
+
+    def __init__(self, model: str, encoding: Encoding, chat: bool) -> None:
+        self.model, self.encoding, self.chat = model, encoding, chat
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.offset = 0  # characters before, for logprobs
+
+    def envelope(self, choices: list[dict[str, Any]], *, part: bool, **more: Any) -> dict[str, Any]:
+        kind = ("chat.completion.chunk" if part else "chat.completion") if self.chat else "text_completion"
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**head, "choices": choices, **more}
+
+    def choice(
+        self,
+        text: str,
+        logprobs: Sequence[Logprob] | None,
+        reason: str | None,
+        *,
+        part: bool,
+        first: bool = True,
+    ) -> dict[str, Any]:
+        words: dict[str, Any] = {"text": text}
+        if self.chat:
+            message: dict[str, Any] = {"role": "assistant"} if first else {}
+            if text or first or not part:
+                message["content"] = text
+            words = {"delta" if part else "message": message}
+        spelled = None if logprobs is None else self._logprobs(logprobs)
+        return {"index": 0, **words, "logprobs": spelled, "finish_reason": reason}
+
+    def _logprobs(self, logprobs: Sequence[Logprob]) -> dict[str, Any]:
+        first, self.offset = self.offset, self.offset + len(logprobs)
+        if not self.chat:
+            return {
+                "tokens": [self._token(each.character) for each in logprobs],
+                "token_logprobs": [each.value for each in logprobs],
+                "top_logprobs": [{self._token(i): value for i, value in each.top} for each in logprobs],
+                "text_offset": list(range(first, self.offset)),
+            }
+        return {
+            "content": [
+                {
+                    **self._entry(each.character, each.value),
+                    "top_logprobs": [self._entry(i, value) for i, value in each.top],
+                }
+                for each in logprobs
+            ]
+        }
+
+    def _entry(self, character: int, value: float) -> dict[str, Any]:
+        token = self._token(character)
+        data = [character] if self.encoding == "utf-8" else list(token.encode())
+        return {"token": token, "logprob": value, "bytes": data}
+
+    def _token(self, character: int) -> str:
+        whole = self.encoding == "latin-1" or character < 128
+        return chr(character) if whole else f"bytes:\\x{character:02x}"
+
+
+class _Server:
+    """Settings, and the routes as methods."""
+
+    def __init__(
+        self, engine: Engine, name: str, encoding: Encoding, max_body: int, max_chars: int, reach: int
+    ) -> None:
+        self.engine, self.name, self.encoding = engine, name, encoding
+        self.max_body, self.max_chars, self.reach = max_body, max_chars, reach
+        self.started = time.time()
+        self.statuses: Counter[int] = Counter()
+
+    async def form(self, request: Request, kind: type[Form]) -> Form:
+        """The body as a `kind`: 413, 408 or 422 otherwise."""
+        body = bytearray()
+        too_large = Refused(413, f"the body is above {self.max_body:,} bytes (--max-body-bytes)")
+        announced = request.headers.get("content-length", "0")
+        if announced.isdigit() and (len(announced) > 15 or int(announced) > self.max_body):
+            raise too_large
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    body += piece
+                    if len(body) > self.max_body:
+                        raise too_large
+        except TimeoutError:
+            raise Refused(408, f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
+        try:
+            return kind.model_validate(json.loads(body.decode()))
+        except ValidationError as error:
+            found = [
+                (".".join(map(str, e["loc"])) or "body", e["msg"]) for e in error.errors(include_url=False)
+            ]
+            said = "; ".join(f"{where}: {what}" for where, what in found[:3])
+            raise Refused(422, said) from None
+        except UnicodeDecodeError as error:
+            raise Refused(422, f"the body is not UTF-8 (byte {error.start})") from None
+        except (ValueError, RecursionError) as error:
+            said = str(error) if isinstance(error, json.JSONDecodeError) else "too deep, or too long a number"
+            raise Refused(422, f"the body is not JSON: {said}") from None
+
+    def encoded(self, text: str, source: str) -> bytes:
+        try:
+            return encode(text, source=source, encoding=self.encoding)
+        except ValueError as error:
+            said = str(error).partition("; use ")[0]
+            more = "; a server started with --encoding utf-8 takes it" if self.encoding == "latin-1" else ""
+            raise Refused(422, said + more) from None
+
+    def base(self, name: str | None) -> Context | None:
+        if name is None:
+            return None
+        context = self.engine.contexts.get(name)
+        if context is None:
+            raise Refused(404, f"no context {name!a}; POST /v1/contexts makes one")
+        return context
+
+    def job(self, form: CompletionRequest | ChatRequest) -> Job:
+        if form.model not in (None, "", self.name):
+            raise Refused(404, f"no model {form.model!a}; this server has {self.name!a}")
+        wanted, fallback = form.max_tokens, 16
+        given = [form.stop] if isinstance(form.stop, str) else form.stop or []
+        stops = [self.encoded(stop, "stop") for stop in given]
+        if isinstance(form, ChatRequest):
+            if form.top_logprobs is not None and not form.logprobs:
+                raise Refused(422, "top_logprobs: needs logprobs true")
+            top = (form.top_logprobs or 0) if form.logprobs else None
+            prompt = self.encoded(chat_text(form.messages), "messages")
+            wanted, fallback = form.max_completion_tokens if wanted is None else wanted, 512
+            stops.append(self.encoded(CHAT_STOP, "stop"))
+        else:
+            top = form.logprobs
+            if form.echo and top is not None:
+                raise Refused(422, "echo: not together with logprobs; the prompt's are not computed")
+            text = form.prompt
+            prompt = self.encoded(text, "prompt") if isinstance(text, str) else bytes(text)
+        limit = min(fallback, self.max_chars) if wanted is None else wanted
+        if limit > self.max_chars:
+            raise Refused(422, f"max_tokens: {limit} is above {self.max_chars} (--max-chars)")
+        sampling = SamplingConfig(
+            temperature=1.0 if form.temperature is None else form.temperature,
+            top_p=1.0 if form.top_p is None else form.top_p,
+            seed=secrets.randbits(63) if form.seed is None else form.seed,
+        )
+        base = self.base(form.context)
+        if not prompt and base is None:
+            raise Refused(422, "prompt: it is empty; give at least one character, or a context")
+        stop = (b"\0", *stops)  # NUL ends a document
+        return Job(prompt, sampling, limit, stop, top, base)
+
+    async def write(self, form: CompletionRequest | ChatRequest, receive: Receive) -> Response:
+        job = self.job(form)
+        answer = _Answer(self.name, self.encoding, isinstance(form, ChatRequest))
+        echo = ""
+        if isinstance(form, CompletionRequest) and form.echo:
+            echo = decode(job.prompt, encoding=self.encoding)
+        run = _Run(self.engine, job, receive)
+        streaming = False
+        try:
+            await run.start()
+            if form.stream:
+                usage = form.stream_options is not None and form.stream_options.include_usage
+                streaming = True
+                return _Events(self.parts(run, answer, job, echo, usage), run.close)
+            text, reason, drawn = [echo], "length", 0
+            logprobs: list[Logprob] = []
+            async for piece, spelled, finished in self.pieces(run, job):
+                text.append(piece)
+                logprobs += spelled
+                if finished is not None:
+                    reason, drawn = finished.reason, finished.drawn
+        finally:
+            if not streaming:
+                run.close()
+        kept = None if job.top_logprobs is None else logprobs
+        choice = answer.choice("".join(text), kept, reason, part=False)
+        return answer_json(200, answer.envelope([choice], part=False, usage=_usage(job, drawn)))
+
+    async def pieces(
+        self, run: _Run, job: Job
+    ) -> AsyncIterator[tuple[str, tuple[Logprob, ...], Finished | None]]:
+        decoder = StreamDecoder(self.encoding)
+        async for event in run.events():
+            if isinstance(event, Written):
+                yield "".join(decoder.push(each) for each in event.characters), event.logprobs, None
+            elif isinstance(event, Finished):
+                yield decoder.finish(), (), event
+
+    async def parts(
+        self, run: _Run, answer: _Answer, job: Job, echo: str, usage: bool
+    ) -> AsyncIterator[dict[str, Any] | str]:
+        more: dict[str, Any] = {"usage": None} if usage else {}
+        wants = job.top_logprobs is not None
+        if echo or answer.chat:
+            yield answer.envelope([answer.choice(echo, None, None, part=True)], part=True, **more)
+        try:
+            async for text, logprobs, finished in self.pieces(run, job):
+                reason = None if finished is None else finished.reason
+                if text or logprobs or finished is not None:
+                    spelled = logprobs if wants and logprobs else None
+                    choice = answer.choice(text, spelled, reason, part=True, first=False)
+                    yield answer.envelope([choice], part=True, **more)
+                if finished is not None and usage:
+                    yield answer.envelope([], part=True, usage=_usage(job, finished.drawn))
+        except Refused as refused:
+            yield error_body(refused.status, refused.message)
+            return
+        yield "[DONE]"
+
+    async def keep(self, form: ContextRequest, receive: Receive) -> Response:
+        job = Job(self.encoded(form.text, "text"), base=self.base(form.context), keep=True)
+        run = _Run(self.engine, job, receive)
+        streaming = False
+        try:
+            await run.start()
+            if form.stream:
+                streaming = True
+                return _Events(self.progress(run), run.close)
+            async for event in run.events():
+                if isinstance(event, Finished) and event.context is not None:
+                    return answer_json(200, self.described(event.context))
+        finally:
+            if not streaming:
+                run.close()
+        raise AssertionError("a stream ends with Finished")
+
+    async def progress(self, run: _Run) -> AsyncIterator[dict[str, Any] | str]:
+        try:
+            async for event in run.events():
+                if isinstance(event, Read):
+                    state = event.state_bytes
+                    yield {
+                        "object": "context.progress",
+                        "read": event.done,
+                        "total": event.total,
+                        "state_bytes": state,
+                    }
+                elif isinstance(event, Finished) and event.context is not None:
+                    yield self.described(event.context)
+        except Refused as refused:
+            yield error_body(refused.status, refused.message)
+            return
+        yield "[DONE]"
+
+    def described(self, context: Context) -> dict[str, Any]:
+        facts = {"characters": context.characters, "state_bytes": self.engine.used_bytes(context.cache)}
+        return {"id": context.id, "object": "context", "created": context.created, **facts}
+
+    def models(self) -> dict[str, Any]:
+        facts = {
+            "encoding": self.encoding,
+            "reach_chars": self.reach,
+            "state_bytes": self.engine.stepper.nbytes,
+            "max_chars": self.max_chars,
+        }
+        head = {"id": self.name, "object": "model", "created": int(self.started), "owned_by": "butterfly-llm"}
+        return {"object": "list", "data": [{**head, **facts}]}
+
+    def metrics(self) -> str:
+        engine, counted = self.engine, self.engine.counters
+        lines: list[str] = []
+
+        def add(name: str, kind: str, text: str, *samples: tuple[str, float]) -> None:
+            lines.extend((f"# HELP butterfly_{name} {text}", f"# TYPE butterfly_{name} {kind}"))
+            lines.extend(f"butterfly_{name}{labels} {value:.10g}" for labels, value in samples)
+
+        add("characters_read_total", "counter", "Characters of prompts read.", ("", counted.read))
+        add("characters_written_total", "counter", "Characters drawn.", ("", counted.written))
+        add("reading_seconds_total", "counter", "Time spent reading.", ("", counted.reading_seconds))
+        add("writing_seconds_total", "counter", "Time spent writing.", ("", counted.writing_seconds))
+        ends = [(f'{{reason="{reason}"}}', count) for reason, count in counted.finished.items()]
+        add("streams_total", "counter", "Streams that ended, by reason.", *ends)
+        codes = [(f'{{code="{code}"}}', count) for code, count in sorted(self.statuses.items())]
+        add("http_responses_total", "counter", "Answers by status code.", *codes)
+        add("slots", "gauge", "Streams that may run at once.", ("", engine.slots))
+        add("slots_used", "gauge", "Streams that run.", ("", engine.active))
+        add("contexts", "gauge", "Contexts kept.", ("", len(engine.contexts)))
+        add(
+            "state_bytes",
+            "gauge",
+            "Bytes written of the states of streams and contexts.",
+            ("", engine.state_bytes()),
+        )
+        add("start_time_seconds", "gauge", "Start of the server, since 1970.", ("", self.started))
+        return "\n".join(lines) + "\n"
+
+
+def _usage(job: Job, drawn: int) -> dict[str, Any]:
+    cached = 0 if job.base is None else job.base.characters
+    read = cached + len(job.prompt)
+    counts = {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def create_app(
+    engine: Engine,
+    *,
+    name: str = "butterfly",
+    encoding: Encoding = "latin-1",
+    token: str | None = None,
+    max_body: int = 16_000_000,
+    max_chars: int = 65_536,
+    reach: int = 0,
+) -> FastAPI:
+    """The routes over a running engine."""
+    server = _Server(engine, name, encoding, max_body, max_chars, reach)
+    app = FastAPI(title="Butterfly-LLM", openapi_url=None, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, token=token, statuses=server.statuses)
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return refusal(error.status, error.message, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        return refusal(error.status_code, f"{error.detail}: {request.method} {request.url.path!a}", None)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return answer_json(200, {"status": "ok"}) if engine.alive else refusal(503, "the engine has stopped")
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return answer_json(200, server.models())
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await server.write(await server.form(request, CompletionRequest), request.receive)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await server.write(await server.form(request, ChatRequest), request.receive)
+
+    @app.post("/v1/contexts")
+    async def keep(request: Request) -> Response:
+        return await server.keep(await server.form(request, ContextRequest), request.receive)
+
+    @app.get("/v1/contexts")
+    async def contexts() -> Response:
+        kept = [server.described(context) for context in list(engine.contexts.values())]
+        return answer_json(200, {"object": "list", "data": kept})
+
+    @app.delete("/v1/contexts/{context}")
+    async def forget(context: str) -> Response:
+        if not engine.forget(context):
+            raise Refused(404, f"no context {context!a}")
+        return answer_json(200, {"id": context, "object": "context", "deleted": True})
+
+    @app.get("/")
+    async def page() -> Response:
+        policy = (
+            "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+        )
+        return Response(_PAGE.read_bytes(), 200, {"Content-Security-Policy": policy}, "text/html")
+
+    return app
+
+
+def serve(
+    load: Callable[[], Butterfly],
+    *,
+    name: str = "butterfly",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    slots: int = 8,
+    contexts: int = 4,
+    encoding: Encoding = "latin-1",
+    max_chars: int = 65_536,
+    max_body: int = 16_000_000,
+) -> None:
+    """Serve the model that `load` gives, until SIGINT or SIGTERM.
+
+    ValueError, before loading, for an address that is open to others without a token, or in use.
+    """
+    token = token_of(token)
+    if token is None and not loopback(host):
+        raise ValueError(
+            f"serve: {host!r} is open to other machines: set BUTTERFLY_TOKEN or --token, or use 127.0.0.1"
+        )
+    if max_chars < 1 or max_body < 1:
+        raise ValueError("serve: --max-chars and --max-body-bytes must be at least 1")
+    listener = _listen(host, port)
+    model = load()
+    cuda = model.embed.weight.device.type == "cuda"
+    engine = Engine(Serial(model), slots=slots, contexts=contexts, slice_chars=2048 if cuda else 256)
+    where = f"[{host}]" if ":" in host else host
+    print(
+        f"serving {name!r} on http://{where}:{listener.getsockname()[1]}, {slots} slots of up to "
+        f"{format_bytes(engine.stepper.nbytes)}, {'token needed' if token else 'this machine only'}",
+        file=sys.stderr,
+        flush=True,
+    )
+    with engine:
+        app = create_app(
+            engine, name=name, encoding=encoding, token=token, max_body=max_body, max_chars=max_chars,
+            reach=model.config.reach_chars,
+        )  # fmt: skip
+        settings = uvicorn.Config(
+            app, log_level="warning", limit_concurrency=256, timeout_graceful_shutdown=3, server_header=False
+        )
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"serve: cannot listen on {host}:{port}: {said}; choose another --port") from None
+    return listener
