@@ -238,10 +238,14 @@ class Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """Cancel all streams and take no more."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
 
     @property
     def alive(self) -> bool:

@@ -25,6 +25,7 @@ try:
     from fastapi import FastAPI, Request, Response
     from pydantic import ValidationError
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from starlette.types import Receive, Scope, Send
 except ImportError as error:  # pragma: no cover
     raise ImportError(f"butterfly serve: no {error.name} here: pip install 'butterfly-llm[serve]'") from None
@@ -227,6 +228,8 @@ class _Server:
                     body += piece
                     if len(body) > self.max_body:
                         raise too_large
+        except ClientDisconnect:
+            raise Refused(400, "the body broke off") from None
         except TimeoutError:
             raise Refused(408, f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
         try:
@@ -457,7 +460,8 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        return refusal(error.status_code, f"{error.detail}: {request.method} {request.url.path!a}", None)
+        said = f"{error.detail}: {request.method} {request.url.path!a}"
+        return refusal(error.status_code, said, dict(error.headers or {}))
 
     @app.get("/health")
     async def health() -> Response:
@@ -530,6 +534,7 @@ def serve(
         raise ValueError("serve: --max-chars and --max-body-bytes must be at least 1")
     listener = _listen(host, port)
     model = load()
+    listener.listen()
     cuda = model.embed.weight.device.type == "cuda"
     engine = Engine(Serial(model), slots=slots, contexts=contexts, slice_chars=2048 if cuda else 256)
     where = f"[{host}]" if ":" in host else host
@@ -547,7 +552,19 @@ def serve(
         settings = uvicorn.Config(
             app, log_level="warning", limit_concurrency=256, timeout_graceful_shutdown=3, server_header=False
         )
-        uvicorn.Server(settings).run(sockets=[listener])
+        _Uvicorn(settings, engine).run(sockets=[listener])
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends the open streams first when it is told to stop, instead of waiting for them."""
+
+    def __init__(self, settings: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(settings)
+        self.engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.engine.stop()
+        await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:
