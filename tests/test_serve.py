@@ -196,6 +196,19 @@ def test_models_health_and_metrics(model):
         assert found["butterfly_slots_used"] == "0" and found["butterfly_state_bytes"] == "0"
 
 
+def test_the_page_comes_from_here_alone(model):
+    with served(model) as (call, _):
+        page = call("GET", "/")
+        assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'; connect-src 'self'" in page.headers["content-security-policy"]
+        assert not re.search(r"//[a-z]|src=|@import|url\(", page.text), "it would ask the network"
+        routes = {route.path for route in call.app.routes}
+        asked = set(re.findall(r'"(/v1/[^"]*?)/?"', page.text))
+        assert asked == {"/v1/models", "/v1/contexts", "/v1/completions"} and asked <= routes
+        ids = set(re.findall(r'id="([^"]+)"', page.text))
+        assert set(re.findall(r'\$\("([^"]+)"\)', page.text)) <= ids
+
+
 def test_utf8_mode_takes_and_gives_any_text(model):
     with served(model, encoding="utf-8") as (call, _):
         asked = {"prompt": "a \u20ac \U0001f98b", "max_tokens": 0, "echo": True}

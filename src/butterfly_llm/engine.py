@@ -211,7 +211,7 @@ class Engine:
         *,
         slots: int = 8,
         contexts: int = 4,
-        slice_chars: int = 256,
+        slice_chars: int = 128,
         backlog: int = 256,
         stall_seconds: float = 60.0,
     ) -> None:

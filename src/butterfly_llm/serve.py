@@ -536,7 +536,7 @@ def serve(
     model = load()
     listener.listen()
     cuda = model.embed.weight.device.type == "cuda"
-    engine = Engine(Serial(model), slots=slots, contexts=contexts, slice_chars=2048 if cuda else 256)
+    engine = Engine(Serial(model), slots=slots, contexts=contexts, slice_chars=2048 if cuda else 128)
     where = f"[{host}]" if ":" in host else host
     print(
         f"serving {name!r} on http://{where}:{listener.getsockname()[1]}, {slots} slots of up to "
