@@ -318,6 +318,7 @@ def test_version_and_module_entry_point():
         ("train --preset smal", "unknown preset 'smal' (did you mean 'small'?)"),
         ("train nosuch.toml", "nosuch.toml: No such file or directory"),
         ("train BAD.toml", "BAD.toml"),
+        ("train README --steps 1", "README: the name of a run file ends in .toml"),
         ("train RUN.toml --preset tiny", "leave --preset out"),
         ("train --preset micro --corpus nosuch", "nosuch"),
         ("train --preset micro --steps 0", "steps must be a whole number from 1 up"),

@@ -110,6 +110,8 @@ class Train:
         return cls(train=train, model=model, run_file=run_file)
 
     def run(self) -> None:
+        if self.run_file is not None and self.run_file.suffix != ".toml":
+            raise ValueError(f"train: {self.run_file}: the name of a run file ends in .toml")
         from butterfly_llm.train import train
 
         train(self.train, self.model)
