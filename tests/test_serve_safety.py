@@ -26,7 +26,7 @@ __all__ = ["model", "one_thread"]  # fixtures
 # clients that leave, or do not read
 
 
-async def talk(app, path, body, leave_after, *, blocked=None, sent=None):
+async def talk(app, path, body, leave_after, *, blocked=None, sent=None, headers=()):
     """A request by hand: the client goes when `leave_after` parts of the answer came. -> parts."""
     parts, gone = [], asyncio.Event()
     sent = sent or iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
@@ -48,7 +48,8 @@ async def talk(app, path, body, leave_after, *, blocked=None, sent=None):
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1",
         "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
-        "scheme": "http", "headers": [(b"host", b"127.0.0.1")], "client": ("127.0.0.1", 1), "server": None,
+        "scheme": "http", "headers": [(b"host", b"127.0.0.1"), *headers], "server": None,
+        "client": ("127.0.0.1", 1),
     }  # fmt: skip
     if leave_after == 0:
         asyncio.get_running_loop().call_later(0.1, gone.set)
@@ -64,9 +65,8 @@ def test_work_stops_when_the_client_leaves_and_its_state_is_freed(model, stream,
         engine.submit(Job(b"abc", max_chars=150), other.append)
         started = time.monotonic()
         asyncio.run(talk(call.app, "/v1/completions", body, leave_after))
-        until(lambda: engine.active == 1, 1.0)
-        assert time.monotonic() - started < 2
-        assert engine.counters.finished["cancelled"] == 1
+        until(lambda: engine.counters.finished["cancelled"] == 1, 1.0)
+        assert time.monotonic() - started < 3
         until(lambda: isinstance(other[-1], Finished))
         assert other[-1].reason == "length" and other[-1].drawn == 150  # unharmed
         until(lambda: engine.stepper.alive() == 0)
@@ -265,6 +265,16 @@ def test_no_address_of_others_without_a_token(model, monkeypatch):
     for bad in ("", "two words", "\u00fcber", "line\n"):
         with pytest.raises(ValueError, match="one word"):
             token_of(bad)
+
+
+def test_a_body_announced_above_the_limit_is_not_waited_for(model):
+    async def send_nothing():
+        said = [(b"content-length", b"1001")]
+        talking = talk(call.app, "/v1/contexts", None, 10**9, sent=iter(()), headers=said)
+        return await asyncio.wait_for(talking, 2)
+
+    with served(model, max_body=1000) as (call, _):
+        assert asyncio.run(send_nothing())[0]["status"] == 413
 
 
 def test_a_body_that_breaks_off_is_no_error_of_the_server(model):

@@ -12,7 +12,7 @@ except ImportError as error:  # pragma: no cover
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
