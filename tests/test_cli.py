@@ -14,6 +14,7 @@ from butterfly_llm import __version__
 from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.cli import main
 from butterfly_llm.config import PRESETS, ButterflyConfig, SamplingConfig, TrainConfig
+from butterfly_llm.data import prepare
 from butterfly_llm.generate import generate_text
 from conftest import random_model
 
@@ -306,6 +307,9 @@ def test_version_and_module_entry_point():
         ("generate --context --prompt x --model DAMAGED", "DAMAGED"),
         ("generate --context --prompt x --model EMPTYDIR", "EMPTYDIR"),
         ("generate --context --prompt x --device tpu", "device 'tpu': use auto, cpu, cuda or cuda:N"),
+        ("generate --context --prompt x --device meta", "device 'meta': use auto, cpu, cuda or cuda:N"),
+        ("generate --context --prompt x --device cuda:99", "CUDA devices here; use cpu or auto"),
+        ("train --preset micro --corpus CORPUS --batch-chars 64 --lengths 1 64 --device meta", "device 'meta'"),
         ("eval --model MODEL", "no text"),
         ("eval --model MODEL nosuch.txt", "nosuch.txt: No such file or directory"),
         ("eval --model MODEL EMPTY", "EMPTY is empty"),
@@ -345,6 +349,10 @@ def test_bad_input_is_one_line_and_exit_code_2(run, arguments, message, checkpoi
     weights = next(Path("DAMAGED").glob("*.safetensors"))
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes((data[-1] ^ 1,)))
+    for name in ("A", "B"):
+        Path(name).write_text(f"{name} " * 99)
+    if "CORPUS" in arguments:
+        prepare(["A", "B"], "CORPUS")
     words = [checkpoint if word == "MODEL" else word for word in arguments.split()]
     code, out, err = run(*words)
     assert (code, out) == (2, "")

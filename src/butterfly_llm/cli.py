@@ -25,7 +25,7 @@ import tyro
 
 from butterfly_llm import __version__
 from butterfly_llm.config import PRESETS, ButterflyConfig, SamplingConfig, TrainConfig
-from butterfly_llm.memory import format_bytes
+from butterfly_llm.memory import format_bytes, pick_device
 from butterfly_llm.terminal import flatten, one_line, progress_bar, say, write
 from butterfly_llm.text import Encoding, Errors, encode
 
@@ -500,16 +500,9 @@ def _load(path: Path | None, device: str, precision: str) -> Butterfly:
 
     from butterfly_llm import load_pretrained
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ValueError(f"device {device!r}: use auto, cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: no CUDA device here; use --device cpu")
-    model = load_pretrained(path, device=device).eval()
-    if precision == "bfloat16" or (precision == "auto" and kind == "cuda"):
+    where = pick_device(device)
+    model = load_pretrained(path, device=where).eval()
+    if precision == "bfloat16" or (precision == "auto" and where.type == "cuda"):
         model.compute_dtype = torch.bfloat16
     return model
 

@@ -1,8 +1,12 @@
-"""How much memory a device has left, and refusing in one line what cannot fit."""
+"""Which device to use, how much memory it has left, and refusing in one line what cannot fit."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def format_bytes(nbytes: float) -> str:
@@ -11,6 +15,24 @@ def format_bytes(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     raise AssertionError
+
+
+def pick_device(name: str) -> torch.device:
+    """auto (a GPU where there is one), cpu, cuda or cuda:N; ValueError for others and where it is missing."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name!r}: {count or 'no'} CUDA devices here; use cpu or auto")
+    return device
 
 
 def available_bytes(device: str = "cpu") -> int | None:

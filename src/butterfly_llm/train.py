@@ -126,7 +126,7 @@ class _Run:
         if not model_config.causal:
             raise ValueError(f"train: routing {model_config.routing!r} is not causal: nothing to predict")
         self.config, self.corpus, self.val_corpus, self.transform = config, corpus, val_corpus, transform
-        self.device = _device(config.device)
+        self.device = memory.pick_device(config.device)
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
         memory.require(
             estimate_train_bytes(config, model_config, 2 if half else 4),
@@ -407,18 +407,6 @@ def estimate_train_bytes(config: TrainConfig, model_config: ButterflyConfig, val
         kept = model_config.hidden_size + 4 * model_config.carry_size
         per_char = kept * model_config.num_layers + layer
     return state + chars * per_char * value_bytes
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"train: device {name!r} is unknown; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train: device cuda, but no GPU is usable here")
-    return device
 
 
 def _find_state(config: TrainConfig) -> TrainingState | None:
