@@ -309,7 +309,7 @@ def test_version_and_module_entry_point():
         ("generate --context --prompt x --device tpu", "device 'tpu': use auto, cpu, cuda or cuda:N"),
         ("generate --context --prompt x --device meta", "device 'meta': use auto, cpu, cuda or cuda:N"),
         ("generate --context --prompt x --device cuda:99", "CUDA devices here; use cpu or auto"),
-        ("train --preset micro --corpus CORPUS --batch-chars 64 --lengths 1 64 --device meta", "device 'meta'"),
+        ("train --preset micro --corpus CORPUS --batch-chars 64 --lengths 1 64 --device meta", "'meta'"),
         ("eval --model MODEL", "no text"),
         ("eval --model MODEL nosuch.txt", "nosuch.txt: No such file or directory"),
         ("eval --model MODEL EMPTY", "EMPTY is empty"),

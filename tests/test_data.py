@@ -249,6 +249,22 @@ def test_what_is_skipped_is_counted_with_its_reason(tmp_path: Path, out: Path, m
     assert any("2 symbolic link (first: " in line for line in report.lines())
 
 
+def test_an_unreadable_directory_is_named_once(tmp_path: Path, out: Path, monkeypatch) -> None:
+    root = tree(tmp_path / "p", {"good.py": "good\n", "locked/a.py": "secret\n"})
+    scandir = os.scandir
+
+    def guarded(path: str):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    report = prepare([root], out)
+    assert report.skips.examples == {"unreadable": f"{root}/locked"}
+    monkeypatch.chdir(tmp_path)
+    assert prepare(["p"], out, overwrite=True).skips.examples == {"unreadable": "p/locked"}
+
+
 def test_replaced_characters_are_counted_and_strict_names_the_place(tmp_path: Path, out: Path) -> None:
     root = tree(tmp_path / "p", {"f.txt": "plain text " * 99 + "\n\u20ac\n"})
     assert prepare([root], out).documents[0].replaced == 1

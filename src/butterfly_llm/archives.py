@@ -87,7 +87,7 @@ def _directory(root: Path, exclude_dirs: Collection[str], avoid: Collection[Path
         links = [name for name in subfolders if (here / name).is_symlink()]
         files += [(here / name).relative_to(root).as_posix() for name in [*names, *links]]
     for failure in failed:
-        yield Member(str(failure.filename), 0, bytes, "unreadable")
+        yield Member(Path(failure.filename).relative_to(root).as_posix(), 0, bytes, "unreadable")
     for name in sorted(files):
         file = root / name
         try:
