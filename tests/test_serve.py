@@ -383,6 +383,13 @@ def test_the_command_says_where_and_refuses_in_one_line(real):
     assert result.stderr.count("\n") == 1 and "BUTTERFLY_TOKEN" in result.stderr
 
 
+def test_without_the_extra_there_is_a_one_line_hint():
+    program = "import sys; sys.modules['fastapi'] = None; from butterfly_llm.cli import main; main(['serve'])"
+    result = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "pip install 'butterfly-llm[serve]'" in result.stderr
+
+
 def test_sigterm_ends_the_server_though_a_stream_is_open(start):
     process, port, _ = start()
     asked = {"prompt": "a", "max_tokens": 60_000, "temperature": 0, "stream": True}

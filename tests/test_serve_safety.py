@@ -9,6 +9,8 @@ import time
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -17,6 +19,7 @@ httpx = pytest.importorskip("httpx")
 from butterfly_llm import memory
 from butterfly_llm.engine import Busy, Engine, Finished, Job, Written
 from butterfly_llm.guard import loopback, token_of
+from butterfly_llm.protocol import ChatRequest, CompletionRequest, ContextRequest
 from butterfly_llm.serve import create_app, serve
 from serving import TOKEN, Slow, model, one, one_thread, served, until
 
@@ -187,6 +190,44 @@ def test_a_body_above_the_limit_is_413_announced_or_not(model):
         lying = {"content-length": "9" * 30}
         assert call("POST", "/v1/completions", content=b"{}", headers=lying).status_code == 413
         assert call("POST", "/v1/completions", {"prompt": "a" * 900, "max_tokens": 1}).status_code == 200
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["a", "user", 1, 0.5]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, *ContextRequest.model_fields})
+MESSAGES = st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": st.text()}), max_size=2)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    path=st.sampled_from(["/v1/completions", "/v1/chat/completions", "/v1/contexts"]),
+    base=st.sampled_from(
+        [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}, {"text": "a"}, {}]
+    ),
+    more=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3)
+    | st.fixed_dictionaries({"messages": MESSAGES}),
+)
+def test_no_body_is_an_error_of_the_server(fuzzed, path, base, more):
+    call, engine = fuzzed
+    answer = call("POST", path, content=json.dumps({**base, **more}).encode())
+    assert answer.status_code in (200, 404, 422), answer.text
+    assert "error" not in answer.text or answer.status_code != 200
+    for name in list(engine.contexts):
+        engine.forget(name)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(model):
+    with served(model, max_chars=8) as both:
+        yield both
 
 
 ROUTES = [
