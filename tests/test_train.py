@@ -330,10 +330,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(settings: TrainConfig)
     for path in checkpoints(config.out):
         (path / "MANIFEST.json").write_text("{")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("error")  # the error says it already
         with pytest.raises(ValueError, match="no checkpoint is whole"):
             train(config, NANO)
     assert older.exists()  # nothing was deleted to hide it
+
+
+def test_the_command_shows_warnings_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # to have it back
+    assert main([]) == 2
+    assert warnings.formatwarning("damaged", UserWarning, "train.py", 7) == "warning: damaged\n"
 
 
 def test_a_resumed_run_may_change_what_does_not_change_the_training(settings: TrainConfig) -> None:

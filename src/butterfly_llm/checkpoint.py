@@ -174,10 +174,13 @@ def newest_training(run: str | Path) -> TrainingState | None:
     problems = []
     for path in checkpoints(run):
         try:
-            return load_training(path)
+            state = load_training(path)
         except (ValueError, OSError) as failure:
             problems.append(str(failure))
-            warnings.warn(f"checkpoint skipped: {failure}", stacklevel=2)
+            continue
+        for problem in problems:
+            warnings.warn(f"checkpoint skipped: {problem}", stacklevel=2)
+        return state
     if problems:
         raise ValueError(f"{run}: no checkpoint is whole ({problems[0]}); train into another folder")
     return None

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ class Reporter:
         self._file.close()
         if self._live is not None:
             self._live.stop()
+
+
+def plain_warnings() -> None:
+    """Show warnings as one line, without the place in the program that they come from."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def _live_line() -> Any:

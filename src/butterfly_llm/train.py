@@ -41,7 +41,7 @@ from butterfly_llm.generate import generate_text
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import Optimizers, learning_rate, length_at, progress_at
 from butterfly_llm.recall import curriculum
-from butterfly_llm.reporting import Reporter
+from butterfly_llm.reporting import Reporter, plain_warnings
 from butterfly_llm.signals import StopSignals
 from butterfly_llm.text import encode
 
@@ -473,6 +473,7 @@ def load_run(path: str | Path, changes: Sequence[str] = ()) -> tuple[TrainConfig
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m butterfly_llm.train RUN.toml key=value ...`"""
     arguments = sys.argv[1:] if arguments is None else arguments
+    plain_warnings()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             raise ValueError("usage: python -m butterfly_llm.train RUN.toml key=value ...")
