@@ -31,7 +31,6 @@ class Refused(Exception):
 
 
 def answer_json(status: int, value: Any, headers: dict[str, str] | None = None) -> Response:
-    # ASCII: a lone surrogate in a client's own words must not break the answer
     return Response(json.dumps(value), status, headers, "application/json")
 
 
