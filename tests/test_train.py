@@ -425,6 +425,19 @@ def test_what_does_not_fit_is_refused_before_it_is_made(
     assert not os.path.exists(settings.out)
 
 
+@pytest.mark.parametrize(
+    ("changes", "split"),
+    [({"lengths": ((1.0, 2**22),), "batch_chars": 2**22}, "train"), ({"val_length": 2**22}, "val")],
+)
+def test_text_shorter_than_a_window_is_refused_before_the_run_begins(
+    settings: TrainConfig, changes: dict[str, Any], split: str
+) -> None:
+    config = change(settings, **changes)
+    with pytest.raises(ValueError, match=rf"{split}\.bin.* a window needs"):
+        train(config, NANO)
+    assert not Path(config.out).exists()
+
+
 def test_every_run_preset_loads() -> None:
     found = sorted(CONFIGS.glob("*.toml"))
     assert len(found) >= 3

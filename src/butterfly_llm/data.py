@@ -507,7 +507,7 @@ def sample_windows(
     Window i of step s is a function of (seed, s, first + i) alone, so a batch may be cut into micro-batches,
     spread over devices, or resumed. Raises ValueError when the corpus is shorter than length + 1.
     """
-    starts = _check_length(corpus, length)
+    starts = check_length(corpus, length)
     # A Philox counter block holds four words; sample i owns block i and uses its first word.
     words = np.random.Philox(key=np.array([seed, step], np.uint64), counter=first).random_raw(4 * count)[::4]
     windows = np.empty((count, length + 1), np.uint8)
@@ -524,13 +524,13 @@ def val_windows(
     Every character but the first is a target once, up to the last whole window or `max_chars` targets. Raises
     ValueError when the corpus is shorter than length + 1.
     """
-    whole = (_check_length(corpus, length) - 1) // length + 1
+    whole = (check_length(corpus, length) - 1) // length + 1
     count = whole if max_chars is None else min(whole, max(1, max_chars // length))
     return (corpus.data[k * length : (k + 1) * length + 1] for k in range(count))
 
 
-def _check_length(corpus: Corpus, length: int) -> int:
-    """How many windows of length + 1 start in the corpus."""
+def check_length(corpus: Corpus, length: int) -> int:
+    """How many windows of length + 1 start in the corpus; ValueError where there is none."""
     if length < 1:
         raise ValueError(f"window length is {length}; give at least 1")
     if len(corpus) < length + 1:

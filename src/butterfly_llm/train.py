@@ -36,7 +36,7 @@ from butterfly_llm.checkpoint import (
     save_training,
 )
 from butterfly_llm.config import ButterflyConfig, SamplingConfig, TrainConfig
-from butterfly_llm.data import Corpus, sample_windows, val_windows
+from butterfly_llm.data import Corpus, check_length, sample_windows, val_windows
 from butterfly_llm.generate import generate_text
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import Optimizers, learning_rate, length_at, progress_at
@@ -125,6 +125,9 @@ class _Run:
     ) -> None:
         if not model_config.causal:
             raise ValueError(f"train: routing {model_config.routing!r} is not causal: nothing to predict")
+        longest = max(length for _, length in config.lengths)
+        check_length(corpus, longest)
+        check_length(val_corpus, config.val_length or longest)
         self.config, self.corpus, self.val_corpus, self.transform = config, corpus, val_corpus, transform
         self.device = memory.pick_device(config.device)
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
