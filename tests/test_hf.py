@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import butterfly_llm.cache
+import butterfly_llm.model
 from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.config import ButterflyConfig, SamplingConfig
 from butterfly_llm.generate import generate
@@ -92,7 +93,7 @@ def test_a_cache_is_read_on_in_any_split_with_the_logits_of_every_character(mode
             cache, start = out.past_key_values, start + count
             kept = min(keep or count, count)
             torch.testing.assert_close(out.logits, expected[:, start - kept : start], atol=1e-4, rtol=1e-4)
-            assert cache.get_seq_length() == start
+            assert cache.get_seq_length() == start and not out.logits.is_inference()
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_model():
@@ -116,13 +117,20 @@ def test_the_loss_and_its_gradient_are_those_of_the_model():
         hf(ids, labels=labels, use_cache=True)
 
 
-def test_gradient_checkpointing_is_the_models_own():
+def test_gradient_checkpointing_is_the_models_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        butterfly_llm.model,
+        "checkpoint",
+        lambda layer, *arguments, **_: calls.append(layer) or layer(*arguments),
+    )
     hf = ButterflyForCausalLM.from_butterfly(random_model(CONFIG)).train()
     ids = text(20)
     expected = hf(ids, labels=ids).loss
     hf.gradient_checkpointing_enable()
-    assert hf.model.gradient_checkpointing
+    assert not calls
     assert hf(ids, labels=ids).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert len(calls) == CONFIG.num_layers
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 7}, {"use_cache": False}])
@@ -156,16 +164,16 @@ def test_the_separator_ends_a_text(model):
     assert hf.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=third).shape == (1, 23)
 
 
-def test_a_beam_wide_enough_finds_the_best_of_all_texts(model, hf):
+def test_beams_wide_enough_find_the_best_of_all_texts(model, hf):
     # Three characters to choose from, three to write: nine beams keep all pairs, so nothing is lost.
     letters, prompt = [65, 66, 67], text(2 * CONFIG.chunk_size - 2)
-    options = {"prefix_allowed_tokens_fn": lambda *_: letters, "output_scores": True}
-    found = write(hf, prompt, 3, num_beams=9, return_dict_in_generate=True, length_penalty=0.0, **options)
+    options = {"prefix_allowed_tokens_fn": lambda *_: letters, "output_scores": True, "length_penalty": 0.0}
+    found = write(hf, prompt, 3, num_beams=9, num_return_sequences=9, return_dict_in_generate=True, **options)
     texts = [torch.cat([prompt[0], torch.tensor(end)]) for end in itertools.product(letters, repeat=3)]
-    best = max(texts, key=lambda ids: log_likelihood(model, ids, prompt.shape[1]))
-    assert torch.equal(found.sequences[0], best)
-    score = log_likelihood(model, best, prompt.shape[1])
-    assert found.sequences_scores.item() == pytest.approx(score, abs=1e-4)
+    ranked = sorted(texts, key=lambda ids: -log_likelihood(model, ids, prompt.shape[1]))[:9]
+    assert torch.equal(found.sequences, torch.stack(ranked))
+    scores = [log_likelihood(model, ids, prompt.shape[1]) for ids in ranked]
+    assert found.sequences_scores.tolist() == pytest.approx(scores, abs=1e-4)
 
 
 def test_beams_through_several_chunks_score_what_the_model_scores(model, hf):
@@ -264,7 +272,7 @@ def test_padding_on_the_left_is_refused_on_the_right_it_is_harmless(model, hf):
         hf(ids, attention_mask=torch.ones(2, 1, 20, 20))
     for mask in (left, right):
         with pytest.raises(ValueError, match="padding with a cache"):
-            hf.generate(ids, attention_mask=mask, max_new_tokens=2)
+            hf.generate(ids, attention_mask=mask, max_new_tokens=1)
     short = hf(ids, attention_mask=right).logits[0, :-4]
     torch.testing.assert_close(short, model(ids[:1, :-4])[0], atol=1e-4, rtol=1e-4)
 
