@@ -310,6 +310,8 @@ def test_version_and_module_entry_point():
         ("generate --context --prompt x --device meta", "device 'meta': use auto, cpu, cuda or cuda:N"),
         ("generate --context --prompt x --device cuda:99", "CUDA devices here; use cpu or auto"),
         ("train --preset micro --corpus CORPUS --batch-chars 64 --lengths 1 64 --device meta", "'meta'"),
+        ("train --preset micro --corpus README", "README is a file; give the folder"),
+        ("train --preset micro --seed 9223372036854775808", "seed must be below 2**63"),
         ("eval --model MODEL", "no text"),
         ("eval --model MODEL nosuch.txt", "nosuch.txt: No such file or directory"),
         ("eval --model MODEL EMPTY", "EMPTY is empty"),

@@ -288,6 +288,8 @@ class TrainConfig:
             value = getattr(self, field.name)
             if field.type in ("bool", "str") and type(value).__name__ != field.type:
                 raise ValueError(f"train: {field.name} must be a {field.type}, not {value!r}")
+        if self.seed >= 2**63:
+            raise ValueError(f"train: seed must be below 2**63, not {self.seed}")
         if self.decay not in ("cosine", "linear"):
             raise ValueError(f"train: decay must be cosine or linear, not {self.decay!r}")
         if self.precision not in ("auto", "float32", "bfloat16"):

@@ -92,6 +92,8 @@ def train(
     """
     if transform is None and config.recall_share > 0:
         transform = curriculum(share=config.recall_share, weight=config.recall_weight, seed=config.seed)
+    if (corpus is None or val_corpus is None) and Path(config.corpus).is_file():
+        raise ValueError(f"train: {config.corpus} is a file; give the folder that `butterfly prepare` wrote")
     run = _Run(
         config,
         model_config,
