@@ -20,10 +20,11 @@ httpx = pytest.importorskip("httpx")
 
 from butterfly_llm.checkpoint import save_model
 from butterfly_llm.config import SamplingConfig
-from butterfly_llm.engine import Busy, Finished, Job, Read, Written
+from butterfly_llm.engine import Busy, Engine, Finished, Job, Read, Written
 from butterfly_llm.generate import generate
 from butterfly_llm.protocol import ChatMessage, chat_text
-from serving import ENVIRONMENT, PROMPTS, TOKEN, events, model, one, one_thread, served, solo, until
+from butterfly_llm.serve import create_app
+from serving import ENVIRONMENT, PROMPTS, TOKEN, Slow, events, model, one, one_thread, served, solo, until
 
 __all__ = ["model", "one_thread"]  # fixtures
 
@@ -129,6 +130,32 @@ def test_chat_is_its_template(model):
         assert "".join(p["choices"][0]["delta"].get("content", "") for p in parts) == written
         assert parts[-1]["choices"][0]["finish_reason"] == "length"
         assert {p["object"] for p in parts} == {"chat.completion.chunk"}
+
+
+def test_an_answer_in_a_chat_ends_where_the_user_would_speak(model):
+    script = "ok\n\nuse\n\nuser:\nmore"
+
+    class Scripted(Slow):
+        at = 0
+
+        def read(self, characters, cache):
+            super().read(characters, cache)
+            return self.next()
+
+        def step(self, characters, caches):
+            return [self.next()]
+
+        def next(self):
+            logits = torch.zeros(1, 256)
+            logits[0, ord(script[self.at])] = 9
+            self.at += 1
+            return logits
+
+    with Engine(Scripted(model), slice_chars=64) as engine:
+        asked = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+        answer = asyncio.run(one(create_app(engine), "POST", "/v1/chat/completions", asked))
+        choice = answer.json()["choices"][0]
+        assert choice["message"]["content"] == "ok\n\nuse" and choice["finish_reason"] == "stop"
 
 
 def test_a_context_is_read_once_and_continued_often(model):
