@@ -323,6 +323,14 @@ def test_a_folder_without_all_weights_is_refused(hf, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_new_parameters_are_seen_by_the_next_step(model):
+    hf, ids = ButterflyForCausalLM(ButterflyHFConfig(**CONFIG.to_dict())).eval(), text(20)
+    write(hf, ids, 3)
+    hf.load_state_dict({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, assign=True)
+    expected = list(generate(model, ids, sampling=SamplingConfig(temperature=0), max_chars=5))
+    assert write(hf, ids, 5)[0, 20:].tolist() == expected
+
+
 def test_a_new_model_is_initialised_as_ours():
     torch.manual_seed(3)
     expected = Butterfly(CONFIG)

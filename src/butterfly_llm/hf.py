@@ -206,6 +206,11 @@ class ButterflyForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """`Butterfly` has initialised itself."""
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self.model._numpy = None  # `assign=True` puts new parameters in the place of those it looks at
+        return result
+
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
 
