@@ -304,6 +304,7 @@ def test_version_and_module_entry_point():
         ("generate --context --prompt €", "outside Latin-1; use --errors replace or --encoding utf-8"),
         ("generate --context --prompt x --stop € --model MODEL", "stop string: line 1, column 1"),
         ("generate --context --prompt x --model nosuch", "nosuch"),
+        ("generate --context README --model nosuch", "nosuch: no such checkpoint"),
         ("generate --context --prompt x --model DAMAGED", "DAMAGED"),
         ("generate --context --prompt x --model EMPTYDIR", "EMPTYDIR"),
         ("generate --context --prompt x --device tpu", "device 'tpu': use auto, cpu, cuda or cuda:N"),

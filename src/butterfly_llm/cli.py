@@ -149,15 +149,16 @@ class Generate:
     def run(self) -> None:
         if self.max_chars < 0 or self.context_chars < 0:
             raise ValueError("generate: --max-chars and --context-chars must be 0 or above")
-        data = self._context() + encode(
-            self.prompt, source="--prompt", encoding=self.encoding, errors=self.errors
-        )
+        data, note = self._context()
+        data += encode(self.prompt, source="--prompt", encoding=self.encoding, errors=self.errors)
         if not data:
             raise ValueError("generate: context and prompt are both empty; give --prompt or --context")
         model = _load(self.model, self.device, self.precision)
         from butterfly_llm.generate import generate_text
 
         cache = model.new_cache(1)
+        if note:
+            say(note)
         reading, read = time.perf_counter(), 0.0
         with progress_bar("reading", len(data)) as update:
 
@@ -189,12 +190,13 @@ class Generate:
             + ("; the document or a stop string ended it" if drawn < self.max_chars else "")
         )
 
-    def _context(self) -> bytes:
+    def _context(self) -> tuple[bytes, str]:
+        """The context, and what to say about it: after all that may be refused, which is one line alone."""
         from butterfly_llm.data import read_context
 
         paths: Sequence[Path] = sorted(_PACKAGE.rglob("*.py")) if self.context is None else self.context
         if not paths:
-            return b""
+            return b"", ""
         found = read_context(
             paths,
             encoding=self.encoding,
@@ -209,8 +211,7 @@ class Generate:
         if found.skips.counts:
             notes.append(f"skipped {found.skips.summary()}")
         name = "this package's source" if self.context is None else "context"
-        say(f"{name}: {len(found.data):,} characters of {', '.join(notes)}")
-        return found.data
+        return found.data, f"{name}: {len(found.data):,} characters of {', '.join(notes)}"
 
 
 @dataclass(frozen=True)
