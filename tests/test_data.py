@@ -307,6 +307,13 @@ def test_empty_input_is_refused_and_leaves_nothing(tmp_path: Path, out: Path) ->
     assert not out.exists()
 
 
+def test_text_outside_latin_1_alone_is_told_the_way_on(tmp_path: Path, out: Path) -> None:
+    tree(tmp_path, {"a.txt": "\u4e2d\u6587\n"})
+    with pytest.raises(ValueError, match=r"^no text in 1 input, .*; --encoding utf-8 keeps such text$"):
+        prepare([tmp_path / "a.txt"], out)
+    prepare([tmp_path / "a.txt"], out, rules=FileRules(encoding="utf-8"))
+
+
 def test_existing_corpus_is_kept_unless_overwritten(tmp_path: Path, out: Path) -> None:
     root = tree(tmp_path / "p", FILES)
     prepare([root], out)

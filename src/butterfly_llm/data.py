@@ -329,7 +329,11 @@ def _write(
                 )
             )
     if not documents:
-        raise ValueError(f"no text in {len(inputs)} inputs, nothing written; skipped: {skips.summary()}")
+        outside = any(reason.endswith("outside Latin-1") for reason in skips.counts)
+        raise ValueError(
+            f"no text in {len(inputs)} input{'s' * (len(inputs) > 1)}, nothing written; "
+            f"skipped: {skips.summary()}" + ("; --encoding utf-8 keeps such text" if outside else "")
+        )
     manifest = {
         "format": FORMAT_VERSION,
         "encoding": rules.encoding,
