@@ -302,7 +302,7 @@ def test_empty_input_is_refused_and_leaves_nothing(tmp_path: Path, out: Path) ->
         prepare([tmp_path / "missing"], out)
     with pytest.raises(ValueError, match="no input"):
         prepare([], out)
-    with pytest.raises(ValueError, match=r"no text in 1 inputs.*1 binary"):
+    with pytest.raises(ValueError, match=r"no text in 1 input, .*1 binary"):
         prepare([tree(tmp_path / "p", {"x": b"\0"})], out)
     assert not out.exists()
 
