@@ -24,7 +24,7 @@ from torch import Tensor
 from butterfly_llm import memory
 from butterfly_llm.cache import Cache, cache_nbytes, routes_of
 from butterfly_llm.config import SamplingConfig
-from butterfly_llm.generate import _mix, _overlap, _pick, probabilities
+from butterfly_llm.generate import mix_seed, overlap, pick, probabilities
 from butterfly_llm.model import Butterfly
 
 Reason = Literal["stop", "length", "context", "cancelled"]
@@ -430,8 +430,8 @@ class Engine:
         assert stream.logits is not None and stream.cache is not None
         sampling = stream.job.sampling
         weights = probabilities(stream.logits[0], b"", sampling)
-        self._generator.manual_seed(_mix(sampling.seed, stream.cache.position))
-        return _pick(weights, torch.rand((), generator=self._generator, dtype=torch.float64))
+        self._generator.manual_seed(mix_seed(sampling.seed, stream.cache.position))
+        return pick(weights, torch.rand((), generator=self._generator, dtype=torch.float64))
 
     def _accept(self, stream: Stream, character: int) -> bool:
         """Pass on what cannot be part of a stop string any more; True if the stream has ended."""
@@ -444,7 +444,7 @@ class Engine:
             stream.held_logprobs.append(_logprob(stream.logits[0], character, job.top_logprobs))
         ended = max((len(stop) for stop in job.stop if held.endswith(stop)), default=0)
         last = stream.drawn >= job.max_chars
-        back = ended or (0 if last else max((_overlap(held, stop) for stop in job.stop), default=0))
+        back = ended or (0 if last else max((overlap(held, stop) for stop in job.stop), default=0))
         free = len(held) - back
         if free:
             self._emit(stream, Written(bytes(held[:free]), tuple(stream.held_logprobs[:free])))

@@ -135,16 +135,16 @@ def _draw(
     generator = torch.Generator(device="cpu")
     for _ in range(max_chars):
         weights = probabilities(logits[0], bytes(recent), sampling)
-        generator.manual_seed(_mix(sampling.seed, cache.position))
+        generator.manual_seed(mix_seed(sampling.seed, cache.position))
         point = torch.rand((), generator=generator, dtype=torch.float64)
-        character = _pick(weights, point)
+        character = pick(weights, point)
         recent.append(character)
         del recent[:-window]
         logits = model.step(torch.tensor([character], device=logits.device), cache)
         yield character
 
 
-def _pick(weights: Tensor, point: Tensor) -> int:
+def pick(weights: Tensor, point: Tensor) -> int:
     """The character at `point` (0 to below 1) of the cumulative distribution `weights` (V,)."""
     possible = weights.nonzero()[:, 0]
     cumulative = weights[possible].cumsum(0)
@@ -161,14 +161,14 @@ def _hold_back(drawn: Iterator[int], stops: Sequence[bytes]) -> Iterator[int]:
         if ended:
             yield from held[: len(held) - max(map(len, ended))]
             return
-        keep = max((_overlap(held, stop) for stop in stops), default=0)
+        keep = max((overlap(held, stop) for stop in stops), default=0)
         free = len(held) - keep
         yield from held[:free]
         del held[:free]
     yield from held
 
 
-def _overlap(text: bytearray, stop: bytes) -> int:
+def overlap(text: bytearray, stop: bytes) -> int:
     """Length of the longest proper beginning of `stop` that `text` ends with."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
@@ -195,7 +195,7 @@ def _repeats(recent: bytes, n: int) -> set[int]:
     return found
 
 
-def _mix(seed: int, position: int) -> int:
+def mix_seed(seed: int, position: int) -> int:
     """A 64-bit number that looks random in both arguments (the finaliser of SplitMix64)."""
     mask = (1 << 64) - 1
     z = (seed * 0xD1342543DE82EF95 + (position + 1) * 0x9E3779B97F4A7C15) & mask
