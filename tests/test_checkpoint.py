@@ -134,7 +134,10 @@ def rename_in_index(folder: Path, value: Any) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "shard missing": (lambda f: shard(f).unlink(), r"model-00001-of-\d+.safetensors is missing"),
+    "shard missing": (
+        lambda f: shard(f).unlink(),
+        r"model-00001-of-\d+.safetensors is missing; fetch or copy",
+    ),
     "config missing": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "manifest missing": (lambda f: (f / MANIFEST).unlink(), "no checkpoint .MANIFEST.json is missing"),
     "manifest damaged": (lambda f: (f / MANIFEST).write_text("{"), "MANIFEST.json is not JSON"),
@@ -143,8 +146,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / MANIFEST).write_text((f / MANIFEST).read_text().replace('"sha256"', '"md5"')),
         "must give bytes and sha256 of",
     ),
-    "truncated": (lambda f: shard(f, 1).write_bytes(shard(f, 1).read_bytes()[:-9]), "cut off at .* bytes"),
-    "bit flipped": (lambda f: flip(shard(f, 1)), "is damaged .its sha256"),
+    "truncated": (
+        lambda f: shard(f, 1).write_bytes(shard(f, 1).read_bytes()[:-9]),
+        "cut off at .* bytes.*; fetch or copy",
+    ),
+    "bit flipped": (lambda f: flip(shard(f, 1)), "is damaged .its sha256.*; fetch or copy"),
     "config edited": (lambda f: flip(f / "config.json"), "config.json is damaged"),
     "newer version": (
         lambda f: edit_json(f, "config.json", lambda c: c.update(version=99)),

@@ -40,6 +40,7 @@ SHIPPED = Path(__file__).parent / "weights" / "small"
 StoredDtype = Literal["float32", "bfloat16", "int8"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SCALE = ".scale"
+_RENEW = "; fetch or copy the folder again"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Pickles of protocol 2 and above, and the zip archives that torch.save writes around one.
 _PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
@@ -348,14 +349,18 @@ class _Folder:
         try:
             data = (self.path / name).read_bytes()
         except FileNotFoundError:
-            raise ValueError(f"{self.path}: {name} is missing") from None
+            raise ValueError(f"{self.path}: {name} is missing{_RENEW}") from None
         self._refuse_pickle(name, data[:4])
         size, digest = self.manifest[name]["bytes"], self.manifest[name]["sha256"]
         if len(data) != size:
             cut = "is cut off at" if len(data) < size else "has"
-            raise ValueError(f"{self.path}: {name} {cut} {len(data):,} bytes, {MANIFEST} says {size:,}")
+            raise ValueError(
+                f"{self.path}: {name} {cut} {len(data):,} bytes, {MANIFEST} says {size:,}{_RENEW}"
+            )
         if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(f"{self.path}: {name} is damaged (its sha256 is not the one in {MANIFEST})")
+            raise ValueError(
+                f"{self.path}: {name} is damaged (its sha256 is not the one in {MANIFEST}){_RENEW}"
+            )
         return data
 
     def json(self, name: str) -> dict[str, Any]:
