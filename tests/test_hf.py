@@ -74,8 +74,11 @@ def test_logits_are_those_of_the_model(model, hf):
     ids = text(LONG, 2)
     expected = model(ids)
     assert torch.equal(hf(ids).logits, expected)
-    assert torch.equal(hf(ids, logits_to_keep=3).logits, expected[:, -3:])
-    assert torch.equal(hf(ids, logits_to_keep=torch.tensor([0, 7])).logits, expected[:, [0, 7]])
+    # A product with fewer rows may be summed in another order.
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(hf(ids, logits_to_keep=3).logits, expected[:, -3:], **close)
+    some = torch.tensor([0, 7])
+    torch.testing.assert_close(hf(ids, logits_to_keep=some).logits, expected[:, some], **close)
     assert hf(ids).past_key_values is None
     assert hf.model is model
 
