@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from butterfly_llm.cache import routes_of
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.routing import hops, partner_of, path, reach, reach_share
+from butterfly_llm.routing import partner_of, reach, reach_share
 
 LEVELS = [1 << level for level in range(9)]
 
@@ -64,16 +62,3 @@ def test_every_chunk_is_read_by_at_most_one(chunk: int, level: int, topology: st
     readers = [r for r in {partner + stride, partner ^ stride} if partner_of(r, stride, topology) == partner]  # type: ignore[arg-type]
     assert readers == [chunk]
     assert topology == "xor" or partner < chunk
-
-
-@given(st.integers(0, 511), st.integers(0, 511))
-def test_path_arrives_and_moves_once_for_each_hop(a: int, b: int) -> None:
-    source, target = sorted((a, b))
-    stations = [source, *(chunk for _, chunk in path(source, target, 9))]
-    assert stations[-1] == target
-    assert sum(x != y for x, y in itertools.pairwise(stations)) == hops(target - source)
-
-
-def test_path_beyond_the_levels_is_refused() -> None:
-    with pytest.raises(ValueError, match="no path from chunk 0 to 512"):
-        list(path(0, 512, 9))

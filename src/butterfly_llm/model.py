@@ -326,7 +326,6 @@ class Butterfly(nn.Module):
             raise ValueError(
                 f"ids {tuple(ids.shape)} must be ({cache.batch_size}, characters) for this cache"
             )
-        x = None
         if ids.shape[1] == 0:
             raise ValueError("no characters: ids is empty")
         done = 0
@@ -337,8 +336,7 @@ class Butterfly(nn.Module):
             x = self._prefill_slice(part, cache)
             done += part.shape[1]
             if progress is not None:
-                progress(min(done, ids.shape[1]))
-        assert x is not None
+                progress(done)
         return cast(Tensor, self.head(self.norm(x[:, -1])).float())
 
     def _prefill_slice(self, ids: Tensor, cache: Cache) -> Tensor:

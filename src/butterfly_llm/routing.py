@@ -11,7 +11,7 @@ partner. `Topology` says how the partner of chunk c at stride s = 2**level is fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,13 +86,3 @@ def reach_share(num_chunks: int, strides: Sequence[int], topology: Topology = "s
 def hops(distance: int) -> int:
     """Relays needed to cover a distance in chunks: its number of set bits."""
     return distance.bit_count()
-
-
-def path(source: int, target: int, num_levels: int) -> Iterator[tuple[int, int]]:
-    """The (level, chunk) stations by which one pass of shifts carries `source` to a later `target`."""
-    chunk, distance = source, target - source
-    if not 0 <= distance < 1 << num_levels:
-        raise ValueError(f"no path from chunk {source} to {target} in one pass of {num_levels} levels")
-    for level in range(num_levels):
-        chunk += distance & (1 << level)
-        yield level, chunk

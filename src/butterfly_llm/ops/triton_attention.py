@@ -41,11 +41,6 @@ def status() -> str:
     return "no CUDA device"
 
 
-def is_available() -> bool:
-    """Whether the kernels can run here."""
-    return status() == "available"
-
-
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
