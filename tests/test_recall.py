@@ -117,7 +117,7 @@ def test_impossible_needles_are_refused() -> None:
 
 
 def test_the_curriculum_depends_on_step_and_row_alone() -> None:
-    transform = curriculum(share=0.5, weight=10.0, seed=3)
+    transform = curriculum(share=0.5, weight=10.0, longest=4096, seed=3)
     windows = np.stack([TEXT[i : i + 1025] for i in range(8)])
     text, weights = transform(windows, 7, 0, 0.3)
     assert 0 < sum((a != b).any() for a, b in zip(text, windows, strict=True)) < 8
@@ -126,29 +126,36 @@ def test_the_curriculum_depends_on_step_and_row_alone() -> None:
         assert np.array_equal(part, text[first:]) and np.array_equal(part_weights, weights[first:])
     other, _ = transform(windows, 8, 0, 0.3)
     assert not np.array_equal(other, text)
-    for row in range(8):  # targets[i] is window[i + 1]: the weighted ones are digits of answers
-        heavy = np.flatnonzero(weights[row] == 10.0)
-        assert all(chr(text[row, i + 1]).isdigit() for i in heavy)
-        assert (weights[row] == 10.0).any() == (text[row] != windows[row]).any()
+    for row in range(8):  # targets[i] is window[i + 1]
+        changed = np.flatnonzero(text[row] != windows[row])
+        heavy = np.flatnonzero(weights[row] == 10.0) + 1
+        assert all(chr(text[row, i]).isdigit() for i in heavy)
+        assert (len(heavy) > 0) == (len(changed) > 0)
+        # What was written over the text counts for nothing, unless it is an answer.
+        rest = changed[(changed > 0) & ~np.isin(changed, heavy)]
+        assert (weights[row, rest - 1] == 0.0).all()
+        assert (weights[row] == 0.0).sum() <= len(heavy) * 12  # per digit: half a fact and half a question
 
 
 def test_the_distance_grows_with_progress() -> None:
-    transform = curriculum(share=1.0, weight=10.0, seed=0)
+    transform = curriculum(share=1.0, weight=10.0, longest=16_384, seed=0)
     windows = np.stack([TEXT[:16_385]] * 4)
 
-    def farthest(progress: float) -> int:
-        far = 0
+    def distances(progress: float) -> list[int]:
+        found = []
         text, weights = transform(windows, 0, 0, progress)
         for row, each in zip(text, weights, strict=True):
             whole = row.tobytes()
-            for i in np.flatnonzero((each == 10.0) & (np.roll(each, 1) == 1.0)):
+            for i in np.flatnonzero((each == 10.0) & (np.roll(each, 1) == 0.0)):
                 key = whole[i - 2 : i + 1]
-                far = max(far, int(i) - whole.index(b"#KEY " + key))
-        return far
+                found.append(int(i) - whole.index(b"#KEY " + key))
+        return found
 
-    distances = [farthest(p) for p in (0.0, 0.3, 0.7, 1.0)]
-    assert distances[0] <= 5 * 64 < distances[1] < distances[2]
-    assert distances[3] > 8192
+    farthest = [max(distances(p)) for p in (0.0, 0.3, 0.6, 1.0)]
+    assert farthest[0] <= 5 * 64 < farthest[1] < 2 * 2048 < farthest[2]
+    assert farthest[3] > 8192
+    late = distances(1.0)  # far ones do not crowd out near ones
+    assert sum(d < 6 * 64 for d in late) > 0.12 * len(late)
 
 
 def test_training_plants_needles_and_repeats_itself(tmp_path: Path) -> None:

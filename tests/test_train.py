@@ -361,6 +361,16 @@ def test_a_resumed_run_may_change_what_does_not_change_the_training(settings: Tr
     assert train(elsewhere, NANO).step == 12
 
 
+def test_a_run_may_start_from_the_weights_of_another(settings: TrainConfig, tmp_path: Path) -> None:
+    before = parameters(train(change(settings, steps=2), NANO))
+    still = change(settings, steps=1, out=str(tmp_path / "on"), init=settings.out, learning_rate=0.0)
+    for name, tensor in parameters(train(still, NANO)).items():
+        assert torch.equal(tensor, before[name]), name
+    wider = dataclasses.replace(NANO, intermediate_size=NANO.intermediate_size * 2)
+    with pytest.raises(ValueError, match=r"the model in init .* has intermediate_size = "):
+        train(change(still, out=str(tmp_path / "other")), wider)
+
+
 def test_validation_is_the_mean_over_all_characters(settings: TrainConfig) -> None:
     config = change(settings, val_every=4, val_length=64, val_chars=320, sample_every=8, sample_chars=5)
     result = train(config, NANO)

@@ -198,6 +198,9 @@ class TrainConfig:
     resume: str = "auto"
     """auto: go on from the newest whole checkpoint in `out`, if any. never: start anew, refused where there
     is one. Anything else: the checkpoint folder to go on from."""
+    init: str = ""
+    """Model folder whose weights a new run starts from; optimisers and schedule start anew. Empty for random
+    weights."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
     seed: int = 0

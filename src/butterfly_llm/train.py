@@ -29,6 +29,7 @@ from butterfly_llm.checkpoint import (
     checkpoint_path,
     checkpoints,
     copy_weights,
+    load_pretrained,
     load_training,
     newest_training,
     prune,
@@ -91,7 +92,12 @@ def train(
     ValueError for settings, data and checkpoints that do not fit; TrainingDiverged after `max_bad_steps`.
     """
     if transform is None and config.recall_share > 0:
-        transform = curriculum(share=config.recall_share, weight=config.recall_weight, seed=config.seed)
+        transform = curriculum(
+            share=config.recall_share,
+            weight=config.recall_weight,
+            longest=max(length for _, length in config.lengths),
+            seed=config.seed,
+        )
     if (corpus is None or val_corpus is None) and Path(config.corpus).is_file():
         raise ValueError(f"train: {config.corpus} is a file; give the folder that `butterfly prepare` wrote")
     run = _Run(
@@ -161,6 +167,8 @@ class _Run:
         state = _find_state(config)
         if state is not None:
             self._take_up(state)
+        elif config.init:
+            self._start_from(config.init)
         if config.compile:
             self.model.compile_layers()
         self.begun = self.saved_at = self.logged_at = time.monotonic()
@@ -352,6 +360,16 @@ class _Run:
             extra = {"step": self.step, "chars": self.chars}
             save_model(self.model, self.config.export, dtype="int8", extra=extra)
         self.saved_at, self.saved_step = time.monotonic(), self.step
+
+    def _start_from(self, path: str) -> None:
+        """Take the weights of a finished model. ValueError names the setting in which it differs."""
+        source = load_pretrained(path)
+        for key, value in source.config.to_dict().items():
+            if (here := self.model.config.to_dict()[key]) != value:
+                raise ValueError(
+                    f"train: the model in init ({path}) has {key} = {value!r}, this run {here!r}"
+                )
+        copy_weights(self.model, source.named_parameters(), source=path)
 
     def _take_up(self, state: TrainingState) -> None:
         """Go on from a checkpoint. ValueError names a setting that may not change."""
