@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 
 from butterfly_llm import __version__
 from butterfly_llm.checkpoint import load_pretrained, save_model
-from butterfly_llm.cli import main
+from butterfly_llm.cli import COMMANDS, main
 from butterfly_llm.config import PRESETS, ButterflyConfig, SamplingConfig, TrainConfig
 from butterfly_llm.data import prepare
 from butterfly_llm.generate import generate_text
@@ -114,7 +115,7 @@ def test_generate_reads_its_own_source_by_default(run, checkpoint):
 
 def test_the_default_context_is_read_whatever_its_characters(run, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text("x = '€'\n", encoding="utf-8")
-    monkeypatch.setattr("butterfly_llm.cli._PACKAGE", tmp_path)
+    monkeypatch.setattr("butterfly_llm.commands.common.PACKAGE", tmp_path)
     code, _, err = run("generate", "--max-chars", 1, "--model", checkpoint)
     assert code == 0 and "1 characters replaced by '?'" in err
 
@@ -261,7 +262,7 @@ def test_info_describes_machine_presets_and_checkpoints(run, model, checkpoint):
 def test_help_names_every_command(run, options):
     code, out, _ = run(*options)
     assert code == 0
-    assert all(name in out for name in ("prepare", "train", "generate", "eval", "plot", "info"))
+    assert all(re.search(rf"^\W*{name}\s", out, re.M) for name in COMMANDS)
 
 
 def test_field_docstrings_are_the_help_of_a_flag(run):
@@ -400,7 +401,7 @@ def test_out_of_memory_is_one_line(run, checkpoint, monkeypatch):
         def fail(*_, _error=error):
             raise _error
 
-        monkeypatch.setattr("butterfly_llm.cli._load", fail)
+        monkeypatch.setattr("butterfly_llm.commands.generate.load_model", fail)
         code, _, err = run("generate", "--context", "--prompt", "x", "--model", checkpoint)
         assert code == 2 and err.count("\n") == 1 and "out of memory" in err
 
@@ -409,13 +410,13 @@ def test_a_message_of_several_lines_becomes_one(run, monkeypatch):
     def fail(*_):
         raise ValueError("first\n  second")
 
-    monkeypatch.setattr("butterfly_llm.cli._load", fail)
+    monkeypatch.setattr("butterfly_llm.commands.generate.load_model", fail)
     code, _, err = run("generate", "--context", "--prompt", "x")
     assert (code, err) == (2, "butterfly: error: first second\n")
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr("butterfly_llm.cli._load", lambda *_: 1 / 0)
+    monkeypatch.setattr("butterfly_llm.commands.generate.load_model", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("generate", "--context", "--prompt", "x")
 

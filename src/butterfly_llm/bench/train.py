@@ -1,8 +1,8 @@
 """Time and memory of whole training steps on the device at hand, for each attention backend.
 
-    python benchmarks/train_step.py --preset small --chars 131072 --lengths 4096 65536
+    butterfly bench train --preset small --chars 131072 --lengths 4096 65536
 
-Prints a table and, as its last line, one JSON object. Random text: only shapes matter here.
+Random text: only shapes matter here.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from butterfly_llm.bench import run
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import backends
 from butterfly_llm.optim import Optimizers
 
 
-def measure(
+def time_steps(
     preset: str, length: int, chars: int, backend: str, steps: int, compiled: bool
 ) -> dict[str, object]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,15 +79,27 @@ def measure(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="small")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="small", help="full, small, tiny or micro")
     parser.add_argument("--chars", type=int, default=131072, help="characters in a step")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 65536])
-    parser.add_argument("--backends", nargs="+", default=["triton", "torch"])
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[4096, 65536], help="characters in a window"
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["triton", "torch"],
+        choices=list(backends()),
+        help="of the attention",
+    )
+    parser.add_argument("--steps", type=int, default=5, help="steps timed, after two that do not count")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
-    options = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    if options.steps < 1 or not 1 <= min(options.lengths) <= max(options.lengths) <= options.chars:
+        raise ValueError("bench train: --steps must be at least 1, --lengths from 1 to --chars")
+    ButterflyConfig.preset(options.preset)  # refuses an unknown name before anything is printed
     rows = []
     for backend in options.backends:
         if backends()[backend] != "available":
@@ -94,7 +109,7 @@ def main() -> None:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             try:
-                row = measure(
+                row = time_steps(
                     options.preset, length, options.chars, backend, options.steps, not options.eager
                 )
             except torch.OutOfMemoryError as failure:
@@ -109,7 +124,11 @@ def main() -> None:
             f"{row['first_step_seconds']:>11}s{row['peak_gb'] or '-':>9}"
         )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    print(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}))
+    return {"device": device, "torch": torch.__version__, "rows": rows}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run("train", __doc__, add_options, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
 """Reading and writing a stream, as shares of what this machine can do.
 
-    python benchmarks/stream.py                    # the shipped model on the CPU
-    python benchmarks/stream.py --model PATH --device cuda
+    butterfly bench stream                            # the shipped model on the CPU
+    butterfly bench stream --model PATH --device cuda
 
 Measures in one run, so that the shares hold on a noisy machine: a matrix product and a read of memory (the
 ceilings), prefill of the long context, and single steps after a short and after the long context in turn.
-Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from butterfly_llm import load_pretrained
+from butterfly_llm.bench import run
 from butterfly_llm.cache import Cache
+from butterfly_llm.checkpoint import load_pretrained
+from butterfly_llm.memory import pick_device
 from butterfly_llm.model import Butterfly
 
 
@@ -68,15 +69,18 @@ def step_bytes(model: Butterfly, cache: Cache) -> int:
     return int(weights + 1.5 * rings)  # half of the own chunk on average
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint folder; default: the shipped one")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--short", type=int, default=1024, help="characters of the short context")
     parser.add_argument("--long", type=int, default=65_536, help="characters of the long context")
     parser.add_argument("--steps", type=int, default=256, help="characters written after each")
-    options = parser.parse_args()
-    device = options.device
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    if not 1 <= options.short <= options.long or options.steps < 1:
+        raise ValueError("bench stream: --short must be from 1 to --long, and --steps at least 1")
+    device = str(pick_device(options.device))
     model = load_pretrained(options.model, device=device)
     dtype = model.compute_dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
 
@@ -135,7 +139,11 @@ def main() -> None:
         f"   {result['step_share_of_bandwidth']:.0%} of the bandwidth limit"
     )
     print(f"step after {options.long:,} characters against {options.short:,}: {long / short:.3f}")
-    print(json.dumps(result))
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run("stream", __doc__, add_options, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """One attention layer, 12 heads of 64, bfloat16: the fused kernels beside what PyTorch offers, and the floor.
 
-    python benchmarks/attention.py            # 65,536 and 1,048,576 characters
-    python benchmarks/attention.py --quick    # correctness and the fused kernels at 65,536
-    python benchmarks/attention.py --sweep    # tile sizes of the three kernels at 65,536
+    butterfly bench ops            # 65,536 and 1,048,576 characters
+    butterfly bench ops --quick    # correctness and the fused kernels at 65,536
+    butterfly bench ops --sweep    # tile sizes of the three kernels at 65,536
 
-Prints a table and, as the last line, one JSON object. Milliseconds are medians of CUDA-graph replays, so they
+Milliseconds are medians of CUDA-graph replays, so they
 hold no launch overhead. The floor is q, k, v read once and o written once, three times that with the backward
 pass, at the measured copy bandwidth.
 """
@@ -12,17 +12,18 @@ pass, at the measured copy bandwidth.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from butterfly_llm.bench import run
 from butterfly_llm.ops import triton_attention
 from butterfly_llm.ops.portable import butterfly_attention_portable
 from butterfly_llm.ops.reference import butterfly_attention_reference
@@ -68,15 +69,13 @@ def replay_ms(run: Callable[[], object], repeats: int = 7) -> float:
     except Exception as error:
         print(f"  (timed without a graph: {one_line(error)})")
         torch.cuda.synchronize()
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
-    ]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]  # type: ignore[no-untyped-call]
     for start, stop in events:
         start.record()
         launch()
         stop.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+    return float(statistics.median(start.elapsed_time(stop) for start, stop in events))
 
 
 def one_line(error: BaseException) -> str:
@@ -102,10 +101,10 @@ def within(seconds: int, part: Callable[[], Any]) -> Any:
 def views(length: int) -> list[Tensor]:
     """q, k, v (1, N, H, D) as views into one fused projection, as the model has them."""
     fused = torch.randn(1, length, 3 * HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    return [x.detach().requires_grad_() for x in fused.split(HEADS, 2)]
+    return [x.detach().requires_grad_() for x in torch.split(fused, HEADS, 2)]
 
 
-def measure(attend: Attention, inputs: list[Tensor]) -> dict[str, float]:
+def time_attention(attend: Attention, inputs: list[Tensor]) -> dict[str, float]:
     with torch.no_grad():
         forward = replay_ms(lambda: attend(*inputs))
     grad = torch.randn_like(inputs[0], memory_format=torch.contiguous_format)
@@ -114,13 +113,13 @@ def measure(attend: Attention, inputs: list[Tensor]) -> dict[str, float]:
 
 
 def fused_kernels(length: int) -> dict[str, float]:
-    return measure(lambda q, k, v: butterfly_attention_triton(q, k, v, **OPTIONS), views(length))
+    return time_attention(lambda q, k, v: butterfly_attention_triton(q, k, v, **OPTIONS), views(length))
 
 
 def portable(length: int) -> dict[str, float]:
     """Compiled at 65,536 characters; eager beyond, where tracing its thousands of chunks takes minutes."""
     run: Attention = lambda q, k, v: butterfly_attention_portable(q, k, v, **OPTIONS)  # noqa: E731
-    return measure(torch.compile(run, dynamic=False) if length <= 1 << 16 else run, views(length))
+    return time_attention(torch.compile(run, dynamic=False) if length <= 1 << 16 else run, views(length))
 
 
 def flex_mask(length: int, device: str) -> Any:
@@ -147,7 +146,7 @@ def flex_attention(length: int) -> dict[str, float]:
     shape = (1, HEADS, length, HEAD_DIM)
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     compiled = torch.compile(flex_attention, dynamic=False)
-    return measure(lambda q, k, v: compiled(q, k, v, block_mask=mask), inputs)
+    return time_attention(lambda q, k, v: compiled(q, k, v, block_mask=mask), inputs)
 
 
 def copy_bandwidth() -> float:
@@ -193,7 +192,7 @@ def sweep() -> dict[str, dict[str, Any]]:
         results[which] = {}
         for cut in candidates:
             triton_attention.FORCED_TILES[which] = Tiles(*cut)
-            result = within(30, lambda run=run: replay_ms(run))
+            result = within(30, partial(replay_ms, run))
             results[which][str(cut)] = result
             print(
                 f"{which:<16}{cut!s:<20}{result if isinstance(result, str) else round(result, 4)}", flush=True
@@ -202,15 +201,14 @@ def sweep() -> dict[str, dict[str, Any]]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="correctness and the fused kernels at 65,536")
     parser.add_argument("--sweep", action="store_true", help="tile sizes of the three kernels at 65,536")
-    args = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+        raise ValueError("bench ops needs a CUDA device")
     begun = time.perf_counter()
     out: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "heads": HEADS,
@@ -221,16 +219,16 @@ def main() -> None:
     bandwidth = within(20, copy_bandwidth)
     out["copy_bytes_per_s"] = bandwidth
     parts = {"fused": fused_kernels}
-    if not (args.quick or args.sweep):
+    if not (options.quick or options.sweep):
         parts |= {"flex_attention": flex_attention, "portable": portable}
     print(f"{'characters':>10}  {'what':<16}{'forward ms':>12}{'+ backward':>12}{'of floor':>10}", flush=True)
-    for length in (1 << 16,) if args.quick or args.sweep else (1 << 16, 1 << 20):
+    for length in (1 << 16,) if options.quick or options.sweep else (1 << 16, 1 << 20):
         results: dict[str, Any] = {}
         if isinstance(bandwidth, float):
             floor = 4 * length * HEADS * HEAD_DIM * 2 / bandwidth * 1e3
             results["floor"] = {"forward_ms": floor, "forward_backward_ms": 3 * floor}
         for name, part in parts.items():
-            results[name] = within(25, lambda part=part, length=length: part(length))
+            results[name] = within(25, partial(part, length))
             within(5, torch.cuda.empty_cache)
         out[str(length)] = results
         for name, result in results.items():
@@ -244,10 +242,14 @@ def main() -> None:
             )
             times = f"{result['forward_ms']:>12.3f}{result['forward_backward_ms']:>12.3f}"
             print(f"{length:>10,}  {name:<16}{times}{share:>10.0%}", flush=True)
-    if args.sweep:
+    if options.sweep:
         out["sweep"] = sweep()
     out["seconds"] = round(time.perf_counter() - begun, 1)
-    print(json.dumps(out))
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run("ops", __doc__, add_options, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,22 @@
+"""`butterfly bench`: time and memory on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure this machine: a table, then one JSON object as the last line. Each has options of its own."""
+
+    name: tyro.conf.Positional[Literal["ops", "stream", "train"]]
+    """ops: one attention layer on a GPU; stream: reading and writing; train: whole training steps."""
+    options: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Options of that benchmark."""
+
+    def run(self) -> None:
+        import_module(f"butterfly_llm.bench.{self.name}").main(self.options)

@@ -1,0 +1,51 @@
+"""`butterfly eval`: bits per character of texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from butterfly_llm.commands.common import Device, Precision, load_model
+from butterfly_llm.terminal import progress_bar
+from butterfly_llm.text import Encoding, Errors
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Bits per character of a model on texts, by position in the context, next to xz and zstd."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """Texts: files, directories, archives; of a prepared corpus, its validation projects."""
+    model: Path | None = None
+    """Folder of a checkpoint. Default: the one that ships with the package."""
+    context: int | None = None
+    """Characters of context, and of a window. Default: the model's reach, at most 65,536."""
+    max_chars: int | None = None
+    """Take at most this many characters of each text, the first ones."""
+    encoding: Encoding = "latin-1"
+    """latin-1: one character, one token. utf-8: one byte, one token."""
+    errors: Errors = "strict"
+    """A character outside Latin-1 is refused, or becomes '?'."""
+    json: bool = False
+    """Print one line of JSON instead of the table."""
+    device: Device = "auto"
+    """Where to run; auto takes a GPU where there is one."""
+    precision: Precision = "auto"
+    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+
+    def run(self) -> None:
+        if not self.files:
+            raise ValueError("eval: no text; give files, directories, archives or a prepared corpus")
+        if self.max_chars is not None and self.max_chars < 1:
+            raise ValueError(f"eval: --max-chars must be at least 1, not {self.max_chars}")
+        from butterfly_llm.evaluate import evaluate, format_table, load_documents
+
+        documents = load_documents(
+            self.files, encoding=self.encoding, errors=self.errors, max_chars=self.max_chars
+        )
+        model = load_model(self.model, self.device, self.precision)
+        with progress_bar("evaluating", sum(len(d.data) for d in documents)) as update:
+            result = evaluate(model, documents, context=self.context, progress=update)
+        print(result.to_json() if self.json else format_table(result))

@@ -1,0 +1,53 @@
+"""`butterfly serve`: a model over HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from butterfly_llm.commands.common import Device, Precision, load_model
+from butterfly_llm.text import Encoding
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP in the OpenAI protocol, with a page at /. Ends with Ctrl-C."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; one that other machines reach needs a token."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    token: str | None = None
+    """What clients must send as Authorization: Bearer. Better set BUTTERFLY_TOKEN: flags show in ps."""
+    slots: int = 8
+    """Streams at once, each with a state of its own; further ones are told to come back."""
+    contexts: int = 4
+    """Texts whose state is kept for clients to continue."""
+    encoding: Encoding = "latin-1"
+    """latin-1: one character, one token. utf-8: one byte, one token."""
+    max_chars: int = 65_536
+    """Characters that one request may ask for."""
+    max_body_bytes: int = 16_000_000
+    """Size of a request at most, uploaded texts included."""
+    model: Path | None = None
+    """Folder of a checkpoint. Default: the one that ships with the package."""
+    device: Device = "auto"
+    """Where to run; auto takes a GPU where there is one."""
+    precision: Precision = "auto"
+    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+
+    def run(self) -> None:
+        from butterfly_llm.serve import serve
+
+        serve(
+            lambda: load_model(self.model, self.device, self.precision),
+            name="butterfly" if self.model is None else self.model.resolve().name,
+            host=self.host,
+            port=self.port,
+            token=self.token,
+            slots=self.slots,
+            contexts=self.contexts,
+            encoding=self.encoding,
+            max_chars=self.max_chars,
+            max_body=self.max_body_bytes,
+        )

@@ -1,0 +1,110 @@
+"""Benchmarks: a table and one JSON object, by the command and by the module, options refused in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from butterfly_llm.bench import BENCHES
+from butterfly_llm.checkpoint import save_model
+from butterfly_llm.cli import main
+from butterfly_llm.config import ButterflyConfig
+from conftest import random_model
+
+MICRO = "--preset micro --chars 256 --lengths 64 256 --backends torch --steps 1 --eager"
+SOURCE = str(Path(__file__).parents[1] / "src")
+
+
+@pytest.fixture
+def run(capsys):
+    """Run `butterfly bench` in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        code = 0
+        try:
+            main(["bench", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "model"
+    save_model(random_model(ButterflyConfig.preset("micro")), path)
+    return path
+
+
+def test_train_prints_a_table_and_one_object(run):
+    code, out, err = run("train", *MICRO.split())
+    *table, last = out.splitlines()
+    result = json.loads(last)
+    assert (code, err, result["bench"]) == (0, "", "train")
+    assert [row["length"] for row in result["rows"]] == [64, 256]
+    assert all(row["chars_per_second"] > 0 for row in result["rows"])
+    assert f"{result['rows'][1]['chars_per_second']:,}" in table[-1]
+
+
+def test_stream_with_json_leaves_stdout_to_the_object(run, checkpoint, monkeypatch):
+    monkeypatch.setattr("butterfly_llm.bench.stream.matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr("butterfly_llm.bench.stream.read_bandwidth", lambda *_: 1e9)
+    code, out, err = run(
+        "stream", "--json", "--model", checkpoint, "--short", 64, "--long", 256, "--steps", 2
+    )
+    result = json.loads(out)
+    assert code == 0 and out.count("\n") == 1 and "prefill" in err
+    assert result["prefill_chars"] == 256 and set(result["step_ms"]) == {"64", "256"}
+    assert result["state_bytes"] == random_model(ButterflyConfig.preset("micro")).new_cache().nbytes
+
+
+def test_the_modules_run_where_only_torch_is_installed():
+    program = (
+        "import sys\nfor name in ('tyro', 'rich'): sys.modules[name] = None\n"
+        f"import importlib\nfor name in {BENCHES}: importlib.import_module('butterfly_llm.bench.' + name)\n"
+        "del sys.modules['butterfly_llm.bench.train']\n"
+        "import runpy\nrunpy.run_module('butterfly_llm.bench.train', run_name='__main__')\n"
+    )
+    environment = {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "PATH": ""}
+    result = subprocess.run(
+        [sys.executable, "-c", program, *MICRO.split()], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["bench"] == "train"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_ops_without_a_gpu_is_one_line(run):
+    assert run("ops") == (2, "", "butterfly: error: bench ops needs a CUDA device\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "unknown benchmark 'trian' (did you mean 'train'?): there are ops, stream, train"),
+        ("stream --shrot 3", "unrecognized arguments: --shrot 3 (did you mean --short?)"),
+        ("stream --short 3 --long 2", "--short must be from 1 to --long"),
+        ("stream --model nosuch", "nosuch: no such checkpoint"),
+        ("stream --device tpu", "device 'tpu': use auto, cpu, cuda or cuda:N"),
+        ("train --preset smal", "unknown preset 'smal' (did you mean 'small'?)"),
+        ("train --backends tritn", "invalid choice: 'tritn'"),
+        ("train --chars 10 --lengths 11", "--lengths from 1 to --chars"),
+        ("", "{ops,stream,train}"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(run, arguments, message):
+    code, out, err = run(*arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("butterfly: error: ") and err.count("\n") == 1, err
+    assert message in err
+
+
+def test_help_of_each_benchmark_shows_its_options(run):
+    assert "ops" in run("--help")[1]
+    for name in BENCHES:
+        code, out, _ = run(name, "--help")
+        assert code == 0 and f"butterfly bench {name}" in out and "--json" in out
