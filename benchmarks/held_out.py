@@ -1,4 +1,4 @@
-"""What a finished model knows of held-out text: bits per character at several contexts, and recall by hops.
+"""A finished model on held-out text: bits per character by context, names that come back, recall by hops.
 
     python benchmarks/held_out.py MODEL CORPUS --json OUT.json
 
@@ -22,6 +22,7 @@ from butterfly_llm.data import Corpus
 from butterfly_llm.evaluate import evaluate, load_documents
 from butterfly_llm.memory import pick_device
 from butterfly_llm.recall import Needles, evaluate_recall
+from butterfly_llm.repeats import evaluate_repeats
 
 
 def main() -> None:
@@ -39,7 +40,8 @@ def main() -> None:
     device = pick_device("auto")
     documents = load_documents([options.corpus])
     text = Corpus(options.corpus, "val").data.tobytes()
-    out: dict[str, Any] = {"torch": torch.__version__, "device": _name(device), "bits": {}, "recall": {}}
+    out: dict[str, Any] = {"torch": torch.__version__, "device": _name(device), "bits": {}}
+    out |= {"repeats": {}, "recall": {}}
 
     def load(path: str) -> Any:
         model = load_pretrained(path, device=device)
@@ -59,6 +61,9 @@ def main() -> None:
     out["parameters"] = model.num_parameters()
     for context in options.contexts:
         bits(f"context {context}", model, context)
+        repeats = evaluate_repeats(model, documents, context=context)
+        out["repeats"][f"context {context}"] = json.loads(repeats.to_json())
+        print("\n".join(repeats.lines()), flush=True)
     for distractors in options.distractors:
         for length in options.recall:
             needles = Needles(distractors=distractors)

@@ -189,6 +189,21 @@ def test_eval_prints_a_table_or_one_line_of_json(run, checkpoint, source):
     assert 0 < result["bits_per_char"] < 30 and result["xz"] > 0
 
 
+def test_eval_asks_for_planted_facts_and_names_that_come_back(run, checkpoint, tmp_path):
+    text = tmp_path / "text.py"
+    text.write_text("def compute(value):\n    return compute_once(value)\n" * 30)
+    code, out, _ = run(
+        "eval", "recall", "--model", checkpoint, "--length", 512, "--windows", 1, "--json", text
+    )
+    assert code == 0 and json.loads(out)["length"] == 512
+    code, out, _ = run("eval", "repeats", "--model", checkpoint, "--max-count", 100, text)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["last", "never", "0+"]
+    code, _, err = run("eval", "repeats", "--model", checkpoint, "--context", 0, text)
+    assert code == 2 and "--context starts at 1" in err
+    code, _, err = run("eval", "recall", "--model", checkpoint, "--windows", 0, text)
+    assert code == 2 and "--windows at least 1" in err
+
+
 def test_prepare_train_eval_generate_in_one_go(run, tmp_path, source):
     for name in ("one", "two", "three"):
         (tmp_path / name).mkdir()

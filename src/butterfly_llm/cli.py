@@ -58,8 +58,8 @@ def _parse(arguments: Sequence[str]) -> Any:
         return _tyro(Union[tuple(every)], prog="butterfly", args=["--help"], description=description)  # noqa: UP007
     if name not in COMMANDS:
         raise ValueError(f"unknown command {_near(name, COMMANDS)}")
-    if name == "eval" and options[:1] == ["recall"]:
-        return _tyro(_form("recall"), prog="butterfly eval recall", args=options[1:])
+    if name == "eval" and options and options[0] in ("recall", "repeats"):
+        return _tyro(_form(options[0]), prog=f"butterfly eval {options[0]}", args=options[1:])
     if name == "bench" and options and not options[0].startswith("-"):
         return _bench(*options)
     form = _form(name)
