@@ -18,7 +18,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from butterfly_llm import checkpoint, memory
+from butterfly_llm import folder as folders
+from butterfly_llm import memory
 from butterfly_llm.checkpoint import (
     MANIFEST,
     SHARD_BYTES,
@@ -244,7 +245,7 @@ def test_memory_is_checked_before_anything_is_made(folder: Path, monkeypatch: py
 
 def test_an_interrupted_save_leaves_the_old_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_pretrained(folder)
-    write, written = checkpoint._write_file, []
+    write, written = folders._write_file, []
 
     def fail_at_the_third(path: Path, data: bytes) -> None:
         written.append(path)
@@ -252,7 +253,7 @@ def test_an_interrupted_save_leaves_the_old_model(folder: Path, monkeypatch: pyt
             raise OSError("disk full")
         write(path, data)
 
-    monkeypatch.setattr(checkpoint, "_write_file", fail_at_the_third)
+    monkeypatch.setattr(folders, "_write_file", fail_at_the_third)
     with pytest.raises(OSError, match="disk full"):
         save_model(random_model(CONFIG, seed=1), folder)
     assert torch.equal(before.head.weight, load_pretrained(folder).head.weight)

@@ -18,6 +18,8 @@ class ToyCache:
     batch_size: int
     state: Tensor  # (B, 32)
     nbytes: int = 128
+    logits: Tensor | None = None
+    recent: bytes = b""
 
 
 class Toy(nn.Module):
@@ -37,7 +39,8 @@ class Toy(nn.Module):
     def _read(self, ids: Tensor, cache: ToyCache) -> Tensor:
         cache.state = cache.state * 0.7 + self.embed[ids.long()]
         cache.position += 1
-        return cache.state @ self.head
+        cache.logits = cache.state @ self.head
+        return cache.logits
 
     def forward(self, ids: Tensor) -> Tensor:
         self.widths.append(tuple(ids.shape))

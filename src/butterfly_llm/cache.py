@@ -6,6 +6,7 @@ operating system when they are first written, so memory grows until the rings ar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,8 @@ class Cache:
     keys: list[Tensor]  # per layer (B, Hkv, S, L, D), normalised and rotated by the offset in the chunk
     values: list[Tensor]  # per layer (B, Hkv, S, L, D)
     carries: list[Tensor | None]  # per layer (B, S, L, M) for butterfly layers with a carry, before the merge
+    logits: Tensor | None = None  # (B, 256) float32 for the next character, once something is read
+    recent: bytes = b""  # the last characters of a single stream, as far as `generate` has read them
     _arrays: list[Arrays] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -82,6 +85,20 @@ class Cache:
             ]
         return self._arrays
 
+    def filled(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of the state: of each ring a view of the slots written to, and the logits."""
+        chunks = -(-self.position // self.config.chunk_size)
+        for name, rings, axis in (
+            ("keys", self.keys, 2),
+            ("values", self.values, 2),
+            ("carries", self.carries, 1),
+        ):
+            for layer, ring in enumerate(rings):
+                if ring is not None and chunks:
+                    yield f"{name}.{layer}", ring.narrow(axis, 0, min(chunks, ring.shape[axis]))
+        if self.logits is not None:
+            yield "logits", self.logits
+
     def tensors(self) -> list[Tensor]:
         return [*self.keys, *self.values, *(carry for carry in self.carries if carry is not None)]
 
@@ -102,4 +119,6 @@ class Cache:
             [x.clone() for x in self.keys],
             [x.clone() for x in self.values],
             [None if x is None else x.clone() for x in self.carries],
+            self.logits,
+            self.recent,
         )

@@ -5,45 +5,40 @@
     state.json, state-*.safetensors    only in a training checkpoint: counters, optimisers, random state
     MANIFEST.json                      size and sha256 of every other file
 
-A folder appears under its name only when all of it is on the disk. Each file is read once, checked against
-the manifest, and only then parsed. A training checkpoint is also a model folder.
+A training checkpoint is also a model folder. `folder.py` says how they are written and checked.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from butterfly_llm import memory
 from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.folder import (
+    FORMAT_VERSION,
+    MANIFEST,
+    MODEL,
+    SHARD_BYTES,
+    Folder,
+    json_bytes,
+    shards,
+    write_folder,
+)
 from butterfly_llm.model import Butterfly
 
-FORMAT = "butterfly-llm"
-FORMAT_VERSION = 1
-SHARD_BYTES = 15 * 2**20
-MANIFEST = "MANIFEST.json"
 SHIPPED = Path(__file__).parent / "weights" / "small"
 
 StoredDtype = Literal["float32", "bfloat16", "int8"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SCALE = ".scale"
-_RENEW = "; fetch or copy the folder again"
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# Pickles of protocol 2 and above, and the zip archives that torch.save writes around one.
-_PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
 def save_model(
@@ -65,7 +60,7 @@ def save_model(
     if dtype not in ("float32", "bfloat16", "int8"):
         raise ValueError(f"checkpoint: dtype must be float32, bfloat16 or int8, not {dtype!r}")
     stored = _quantised(model) if dtype == "int8" else _cast(model, _DTYPES[dtype])
-    _write_folder(Path(directory), _model_files(model.config, dtype, stored, shard_bytes, extra or {}))
+    write_folder(Path(directory), _model_files(model.config, dtype, stored, shard_bytes, extra or {}))
 
 
 def load_pretrained(path: str | Path | None = None, *, device: str | torch.device = "cpu") -> Butterfly:
@@ -77,7 +72,7 @@ def load_pretrained(path: str | Path | None = None, *, device: str | torch.devic
     """
     if path is None and not SHIPPED.is_dir():
         raise FileNotFoundError("no model is shipped with this installation: give the path of one")
-    folder = _Folder(_resolve(SHIPPED if path is None else Path(path)))
+    folder = _ModelFolder(_resolve(SHIPPED if path is None else Path(path)))
     config, dtype = folder.model_config()
     for place in {"cpu", str(device)}:
         memory.require(
@@ -131,15 +126,15 @@ def save_training(
 
     def files() -> Iterator[tuple[str, bytes]]:
         yield from _model_files(model.config, "float32", _cast(model, torch.float32), SHARD_BYTES, {})
-        yield from _shards("state", tensors, SHARD_BYTES)
-        yield "state.json", _json(values)
+        yield from shards("state", tensors, SHARD_BYTES)
+        yield "state.json", json_bytes(values)
 
-    _write_folder(Path(directory), files())
+    write_folder(Path(directory), files())
 
 
 def load_training(directory: str | Path) -> TrainingState:
     """Read a training checkpoint, all of it checked; ValueError or FileNotFoundError in one line."""
-    folder = _Folder(Path(directory))
+    folder = _ModelFolder(Path(directory))
     config, dtype = folder.model_config()
     if "state.json" not in folder.manifest:
         raise ValueError(f"{directory}: a model without training state; training cannot go on from it")
@@ -222,10 +217,6 @@ def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale[:, None]
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
 def _model_files(
     config: ButterflyConfig,
     dtype: StoredDtype,
@@ -233,80 +224,9 @@ def _model_files(
     shard_bytes: int,
     extra: dict[str, Any],
 ) -> Iterator[tuple[str, bytes]]:
-    header = {"format": FORMAT, "version": FORMAT_VERSION, "dtype": dtype}
-    yield "config.json", _json({**header, "model": config.to_dict(), "extra": extra})
-    yield from _shards("model", tensors, shard_bytes)
-
-
-def _shards(
-    kind: str, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
-) -> Iterator[tuple[str, bytes]]:
-    """Named tensors as files of at most `shard_bytes` of tensors each, then their index."""
-    items = list(tensors)
-    groups: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in items:
-        if groups[-1] and size + tensor.nbytes > shard_bytes:
-            groups.append({})
-            size = 0
-        groups[-1][name] = tensor
-        size += tensor.nbytes
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        file = f"{kind}-{number:05d}-of-{len(groups):05d}.safetensors"
-        weight_map.update(dict.fromkeys(group, file))
-        yield file, safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in group.items()})
-    total = sum(tensor.nbytes for _, tensor in items)
-    yield (
-        f"{kind}.safetensors.index.json",
-        _json({"metadata": {"total_size": total}, "weight_map": weight_map}),
-    )
-
-
-def _write_folder(target: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write files and their manifest beside `target`, then rename the finished folder into its place."""
-    if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
-        raise ValueError(f"{target}: holds something else than a model; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}-{os.getpid()}.partial"
-    replaced = target.parent / f".{target.name}-{os.getpid()}-replaced.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        listed = {}
-        for name, data in files:
-            _write_file(partial / name, data)
-            listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        manifest = {"format": FORMAT, "version": FORMAT_VERSION, "files": listed}
-        _write_file(partial / MANIFEST, _json(manifest))
-        _sync(partial)
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-    except BaseException:
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    """Make names in a directory durable, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    header = {"format": MODEL, "version": FORMAT_VERSION, "dtype": dtype}
+    yield "config.json", json_bytes({**header, "model": config.to_dict(), "extra": extra})
+    yield from shards("model", tensors, shard_bytes)
 
 
 def _resolve(path: Path) -> Path:
@@ -316,61 +236,13 @@ def _resolve(path: Path) -> Path:
     return next((found for found in (path / "model", *checkpoints(path)) if found.is_dir()), path)
 
 
-class _Folder:
-    """A checkpoint folder; whatever is read from it has passed the manifest."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manifest: dict[str, dict[str, Any]] = {}
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such checkpoint")
-        if path.is_file():
-            with path.open("rb") as file:
-                self._refuse_pickle(path.name, file.read(4))
-            raise ValueError(f"{path}: a file; give the folder with {MANIFEST}")
-        if not (path / MANIFEST).is_file():
-            raise ValueError(f"{path}: no checkpoint ({MANIFEST} is missing)")
-        manifest = self._parse(MANIFEST, (path / MANIFEST).read_bytes())
-        self._check_format(MANIFEST, manifest)
-        files = manifest.get("files")
-        if not isinstance(files, dict):
-            raise ValueError(f"{path}: {MANIFEST} lists no files")
-        for name, entry in files.items():
-            self._check_name(name, MANIFEST)
-            types = {key: type(value) for key, value in entry.items()} if isinstance(entry, dict) else {}
-            if types != {"bytes": int, "sha256": str}:
-                raise ValueError(f"{path}: {MANIFEST} must give bytes and sha256 of {name}")
-        self.manifest = files
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a file, of the size and sha256 that the manifest says."""
-        if name not in self.manifest:
-            raise ValueError(f"{self.path}: {name} is not in {MANIFEST}")
-        try:
-            data = (self.path / name).read_bytes()
-        except FileNotFoundError:
-            raise ValueError(f"{self.path}: {name} is missing{_RENEW}") from None
-        self._refuse_pickle(name, data[:4])
-        size, digest = self.manifest[name]["bytes"], self.manifest[name]["sha256"]
-        if len(data) != size:
-            cut = "is cut off at" if len(data) < size else "has"
-            raise ValueError(
-                f"{self.path}: {name} {cut} {len(data):,} bytes, {MANIFEST} says {size:,}{_RENEW}"
-            )
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise ValueError(
-                f"{self.path}: {name} is damaged (its sha256 is not the one in {MANIFEST}){_RENEW}"
-            )
-        return data
-
-    def json(self, name: str) -> dict[str, Any]:
-        """A JSON object."""
-        return self._parse(name, self.read(name))
+class _ModelFolder(Folder):
+    """The folder of a model or a training checkpoint."""
 
     def model_config(self) -> tuple[ButterflyConfig, StoredDtype]:
         """The model in config.json, and how its weights are stored."""
         values = self.json("config.json")
-        self._check_format("config.json", values)
+        self.check_format("config.json", values)
         unknown = sorted(values.keys() - {"format", "version", "dtype", "model", "extra"})
         if unknown:
             raise ValueError(f"{self.path}: config.json has an unknown field {unknown[0]!r}")
@@ -404,51 +276,3 @@ class _Folder:
             yield base, dequantise(codes, scale)
         if waiting:
             raise ValueError(f"{self.path}: {min(waiting)} lacks its int8 codes or its scales")
-
-    def tensors(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of the files `kind`-*, one file in memory at a time."""
-        index_name = f"{kind}.safetensors.index.json"
-        weight_map = self.json(index_name).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{self.path}: {index_name} has no weight_map")
-        by_file: dict[str, set[str]] = {}
-        for name, file in weight_map.items():
-            self._check_name(file, index_name)
-            by_file.setdefault(file, set()).add(name)
-        for file, names in by_file.items():
-            try:
-                tensors = safetensors.torch.load(self.read(file))
-            except SafetensorError as failure:
-                raise ValueError(f"{self.path}: {file} is not safetensors ({failure})") from None
-            if different := sorted(names ^ tensors.keys()):
-                where = "index" if different[0] in names else "file"
-                raise ValueError(f"{self.path}: {different[0]} of {file} is in the {where} only")
-            yield from tensors.items()
-
-    def _parse(self, name: str, data: bytes) -> dict[str, Any]:
-        try:
-            value = json.loads(data)
-        except ValueError:
-            raise ValueError(f"{self.path}: {name} is not JSON; it is damaged or no checkpoint") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{self.path}: {name} must be a JSON object")
-        return value
-
-    def _check_format(self, name: str, values: Mapping[str, Any]) -> None:
-        if values.get("format") != FORMAT:
-            raise ValueError(f"{self.path}: {name} is not of a {FORMAT} checkpoint")
-        if values.get("version") != FORMAT_VERSION:
-            version = values.get("version")
-            raise ValueError(f"{self.path}: format version {version!r}, this program reads {FORMAT_VERSION}")
-
-    def _check_name(self, name: object, where: str) -> None:
-        """Only plain file names: nothing in a checkpoint may point out of its folder."""
-        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-            raise ValueError(f"{self.path}: {where} names {name!r}, which is not a plain file name")
-
-    def _refuse_pickle(self, name: str, head: bytes) -> None:
-        if head.startswith(_PICKLE_MAGIC):
-            raise ValueError(
-                f"{self.path}: {name} is a pickle, which can run code when it is opened; only safetensors "
-                "are read"
-            )

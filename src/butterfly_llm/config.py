@@ -12,6 +12,7 @@ Routing = Literal["shift", "xor", "xor_causal"]
 FeedForward = Literal["relu2", "swiglu"]
 
 VOCAB_SIZE = 256
+MAX_REPETITION_WINDOW = 65_536
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class SamplingConfig:
     no_repeat_ngram: int = 0
     """Never write the same n characters twice within the repetition window; 0 switches it off."""
     repetition_window: int = 1024
-    """Characters of the recent past, prompt included, that the two repetition rules look at."""
+    """Characters of the recent past, prompt included, that the two repetition rules look at; up to 65,536."""
     seed: int = 0
     """Same seed, same text: the draw at a position depends on nothing but the seed and the position."""
 
@@ -179,6 +180,11 @@ class SamplingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ValueError(f"sampling: {name} must be a whole number from {lowest} up, not {value!r}")
+        if self.repetition_window > MAX_REPETITION_WINDOW:
+            raise ValueError(
+                f"sampling: repetition_window must be at most {MAX_REPETITION_WINDOW}, "
+                f"not {self.repetition_window}"
+            )
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"sampling: temperature must be 0 or above, not {self.temperature!r}")
         if not 0 < self.top_p <= 1:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from butterfly_llm.config import SamplingConfig
+from butterfly_llm.config import MAX_REPETITION_WINDOW, SamplingConfig
 from butterfly_llm.text import Encoding, StreamDecoder, encode
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from butterfly_llm.model import Butterfly
 
 Progress = Callable[[int], None]
+_RECENT = MAX_REPETITION_WINDOW
 
 
 def generate(
@@ -37,7 +38,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield the ids (0 to 255) of new characters, one by one as they are drawn.
 
-    ids:      the prompt, (T,) or (1, T), at least one character; read on the first `next()`.
+    ids:      the prompt, (T,) or (1, T), at least one character; read on the first `next()`. After a cache
+              that has read something it may be empty.
     cache:    state to continue from; `ids` are appended to it. Whenever a character is yielded the cache
               has already read it, so another call can go on from there.
     stop:     strings (Latin-1, or bytes) that end the text. They are not yielded: characters that may be
@@ -48,7 +50,7 @@ def generate(
     ValueError, on the call itself, for an empty prompt, a bad id or stop string, a cache of several streams.
     """
     sampling = SamplingConfig() if sampling is None else sampling
-    prompt = _prompt(ids)
+    prompt = _prompt(ids, may_be_empty=cache is not None and cache.logits is not None)
     stops = [encode(s, source="stop string") if isinstance(s, str) else bytes(s) for s in stop]
     if not all(stops):
         raise ValueError("generate: a stop string is empty")
@@ -82,6 +84,22 @@ def generate_text(
         model, ids, sampling=sampling, max_chars=max_chars, cache=cache, stop=stop, progress=progress
     )
     return _decode(drawn, StreamDecoder(encoding))
+
+
+def read(
+    model: Butterfly, ids: Tensor | Sequence[int], cache: Cache, *, progress: Progress | None = None
+) -> Tensor:
+    """Append a text to the stream in `cache` -> logits (1, 256); `generate` then goes on from there.
+
+    ids: (T,) or (1, T); T may be 0 where something was read before. Unlike `Butterfly.prefill` it keeps the
+    last characters in `cache.recent`, for the repetition rules.
+    """
+    prompt = _prompt(ids, may_be_empty=cache.logits is not None)
+    cache.recent = (cache.recent + bytes(prompt[0, -_RECENT:].tolist()))[-_RECENT:]
+    if prompt.shape[1]:
+        return model.prefill(prompt.to(_device(model)), cache, progress=progress)
+    assert cache.logits is not None
+    return cache.logits
 
 
 def probabilities(logits: Tensor, recent: bytes, sampling: SamplingConfig) -> Tensor:
@@ -129,9 +147,8 @@ def _draw(
     progress: Progress | None,
 ) -> Iterator[int]:
     """Prefill, then draw and step; a character is yielded after the model has read it."""
-    logits = model.prefill(prompt.to(_device(model)), cache, progress=progress)  # (1, V)
-    window = sampling.repetition_window
-    recent = bytearray(prompt[0, -window:].tolist())
+    logits = read(model, prompt, cache, progress=progress)  # (1, V)
+    recent = bytearray(cache.recent)
     generator = torch.Generator(device="cpu")
     for _ in range(max_chars):
         weights = probabilities(logits[0], bytes(recent), sampling)
@@ -139,7 +156,8 @@ def _draw(
         point = torch.rand((), generator=generator, dtype=torch.float64)
         character = pick(weights, point)
         recent.append(character)
-        del recent[:-window]
+        del recent[:-_RECENT]
+        cache.recent = bytes(recent)
         logits = model.step(torch.tensor([character], device=logits.device), cache)
         yield character
 
@@ -204,7 +222,7 @@ def mix_seed(seed: int, position: int) -> int:
     return z ^ (z >> 31)
 
 
-def _prompt(ids: Tensor | Sequence[int]) -> Tensor:
+def _prompt(ids: Tensor | Sequence[int], may_be_empty: bool = False) -> Tensor:
     """The prompt as int64 (1, T) on the CPU."""
     tensor = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=torch.int64)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
@@ -214,6 +232,8 @@ def _prompt(ids: Tensor | Sequence[int]) -> Tensor:
         tensor = tensor[None]
     if tensor.ndim != 2 or tensor.shape[0] != 1:
         raise ValueError(f"generate: ids must be (T,) or (1, T), not {tuple(tensor.shape)}")
+    if tensor.shape[1] == 0 and may_be_empty:
+        return tensor
     if tensor.shape[1] == 0:
         raise ValueError("generate: the prompt is empty; give at least one character to continue from")
     low, high = int(tensor.min()), int(tensor.max())

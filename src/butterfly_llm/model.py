@@ -328,6 +328,8 @@ class Butterfly(nn.Module):
             )
         if ids.shape[1] == 0:
             raise ValueError("no characters: ids is empty")
+        if self._on_cpu_in_float32(cache):
+            self._numpy_weights()  # before the first product: its bits must not depend on earlier steps
         done = 0
         while done < ids.shape[1]:
             # End slices on chunk boundaries, so that only the first and the last are ragged.
@@ -337,7 +339,8 @@ class Butterfly(nn.Module):
             done += part.shape[1]
             if progress is not None:
                 progress(done)
-        return cast(Tensor, self.head(self.norm(x[:, -1])).float())
+        cache.logits = cast(Tensor, self.head(self.norm(x[:, -1])).float())
+        return cache.logits
 
     def _prefill_slice(self, ids: Tensor, cache: Cache) -> Tensor:
         """Append ids (B, T) at once -> hidden states (B, T, d), before the last norm."""
@@ -376,7 +379,8 @@ class Butterfly(nn.Module):
             return self._numpy_step(int(ids), cache)
         x = self._stream(ids, cache, step_attention, partner_row_step)
         cache.position += 1
-        return cast(Tensor, self.head(self.norm(x)).float())
+        cache.logits = cast(Tensor, self.head(self.norm(x)).float())
+        return cache.logits
 
     def _on_cpu_in_float32(self, cache: Cache) -> bool:
         tensors = (self.head.weight, cache.keys[0])
@@ -385,11 +389,10 @@ class Butterfly(nn.Module):
 
     def _numpy_step(self, character: int, cache: Cache) -> Tensor:
         """`step` for one stream on the CPU."""
-        if self._numpy is None:
-            self._numpy = self._numpy_weights()
-        logits = numpy_step.step(character, cache.position, self._numpy, cache.arrays())
+        logits = numpy_step.step(character, cache.position, self._numpy_weights(), cache.arrays())
         cache.position += 1
-        return torch.from_numpy(logits)[None]
+        cache.logits = torch.from_numpy(logits)[None]
+        return cache.logits
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Butterfly:
         self._numpy = None  # .to() and its kin give the parameters new memory
@@ -401,6 +404,8 @@ class Butterfly(nn.Module):
 
     def _numpy_weights(self) -> numpy_step.Weights:
         """Views of the parameters. The matrices are laid out input by output first, in place."""
+        if self._numpy is not None:
+            return self._numpy
 
         def matrix(linear: nn.Module) -> numpy_step.Array:
             weight = cast(Linear, linear).weight
@@ -441,7 +446,7 @@ class Butterfly(nn.Module):
             )
         positions = torch.arange(2 * config.chunk_size)
         cos, sin = rope_table(positions, config.head_dim, config.rope_theta, torch.float32)
-        return numpy_step.Weights(
+        self._numpy = numpy_step.Weights(
             routes=self.routes,
             layers=layers,
             embed=vector(self.embed.weight),
@@ -456,3 +461,4 @@ class Butterfly(nn.Module):
             gated=config.feed_forward == "swiglu",
             eps=config.norm_eps,
         )
+        return self._numpy
