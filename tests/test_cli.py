@@ -143,6 +143,33 @@ def test_generate_ends_with_the_document(run, tmp_path):
     assert any(endings)
 
 
+def test_read_once_and_ask_many_times(run, model, checkpoint, source, tmp_path):
+    state = tmp_path / "state"
+    code, out, err = run("read", source, "--save", state, "--model", checkpoint)
+    document = b"==> source.py <==\n" + Path(source).read_bytes()
+    assert (code, out) == (0, f"{state}\n")
+    assert re.search(rf"{len(document)} characters of 1 files\nread {len(document)} characters at .*/s", err)
+    assert re.search(r"state [\d.]+ KB, [\d.]+ KB on disk", err)
+
+    def ask(*arguments):
+        return run("generate", "--max-chars", 20, "--model", checkpoint, "--state", state, *arguments)
+
+    for prompt in ("def ", "class "):
+        code, out, err = ask("--prompt", prompt)
+        expected = "".join(generate_text(model, document + prompt.encode(), max_chars=20))
+        assert (code, out) == (0, expected)
+        assert f"{len(document)} characters read before" in err and f"read {len(prompt)} characters" in err
+    code, out, err = ask()
+    assert (code, out) == (0, "".join(generate_text(model, document, max_chars=20)))
+    assert "\nwrote 20 at" in err
+
+    code, _, err = run("read", source, "--state", state, "--save", state, "--model", checkpoint)
+    assert (
+        code == 0 and f"read {len(document)} characters at" in err and f"{2 * len(document):,} in all" in err
+    )
+    assert ask()[1] == "".join(generate_text(model, document + document, max_chars=20))
+
+
 def test_generate_in_utf8(run, checkpoint):
     code, _, err = run(
         "generate",
@@ -329,6 +356,13 @@ def test_version_and_module_entry_point():
         ("train --preset micro --corpus CORPUS --batch-chars 64 --lengths 1 64 --device meta", "'meta'"),
         ("train --preset micro --corpus README", "README is a file; give the folder"),
         ("train --preset micro --seed 9223372036854775808", "seed must be below 2**63"),
+        ("read --save STATE", "no text"),
+        ("read README --model MODEL", "--save"),
+        ("read nosuch --save STATE", "nosuch: no such file or directory"),
+        ("read EMPTY --save STATE", "no text in EMPTY"),
+        ("read README --save DAMAGED --model MODEL", "DAMAGED: holds something else than a saved state"),
+        ("read README --save STATE --state nosuch --model MODEL", "nosuch: no such saved state"),
+        ("generate --state EMPTYDIR --model MODEL", "EMPTYDIR: no saved state"),
         ("eval --model MODEL", "no text"),
         ("eval --model MODEL nosuch.txt", "nosuch.txt: No such file or directory"),
         ("eval --model MODEL EMPTY", "EMPTY is empty"),

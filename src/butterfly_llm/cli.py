@@ -20,7 +20,7 @@ import tyro
 from butterfly_llm import __version__
 from butterfly_llm.terminal import flatten, one_line, say
 
-COMMANDS = ("prepare", "train", "generate", "eval", "export", "bench", "plot", "serve", "info")
+COMMANDS = ("prepare", "train", "read", "generate", "eval", "export", "bench", "plot", "serve", "info")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

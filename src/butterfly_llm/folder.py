@@ -58,14 +58,16 @@ def shards(kind: str, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -
     )
 
 
-def write_folder(target: Path, files: Iterable[tuple[str, bytes]], format: str = MODEL) -> None:
-    """Write files and their manifest beside `target`, then rename the finished folder into its place.
-
-    ValueError where something else than a folder of the same format would be replaced.
-    """
+def check_target(target: Path, format: str) -> None:
+    """ValueError where `write_folder` would replace something else than a folder of the same format."""
     if target.exists() and _format_of(target) != format and (target.is_file() or any(target.iterdir())):
         noun = {MODEL: "model"}.get(format, _NOUNS[format])
         raise ValueError(f"{target}: holds something else than a {noun}; choose another folder")
+
+
+def write_folder(target: Path, files: Iterable[tuple[str, bytes]], format: str = MODEL) -> None:
+    """Write files and their manifest beside `target`, then rename the finished folder into its place."""
+    check_target(target, format)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}-{os.getpid()}.partial"
     replaced = target.parent / f".{target.name}-{os.getpid()}-replaced.partial"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from butterfly_llm.memory import pick_device
+from butterfly_llm.text import Encoding, Errors
 
 if TYPE_CHECKING:
     from butterfly_llm.model import Butterfly
@@ -21,6 +23,23 @@ PACKAGE = Path(__file__).parents[1]
 def own_source() -> list[Path]:
     """The modules of this package: the text that is at hand wherever it is installed."""
     return sorted(PACKAGE.rglob("*.py"))
+
+
+def read_paths(
+    paths: Sequence[Path], *, encoding: Encoding, errors: Errors, max_chars: int | None = None
+) -> tuple[bytes, str]:
+    """The text in files, directories and archives, its last `max_chars`, and what to say about it."""
+    from butterfly_llm.data import read_context
+
+    found = read_context(paths, encoding=encoding, errors=errors, max_chars=max_chars)
+    notes = [f"{found.files:,} files"]
+    if found.dropped:
+        notes.append(f"{found.dropped:,} characters before them left out (--context-chars)")
+    if found.replaced:
+        notes.append(f"{found.replaced:,} characters replaced by '?'")
+    if found.skips.counts:
+        notes.append(f"skipped {found.skips.summary()}")
+    return found.data, ", ".join(notes)
 
 
 def load_model(path: Path | None, device: str, precision: str) -> Butterfly:

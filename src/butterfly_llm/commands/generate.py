@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from butterfly_llm.commands.common import Device, Precision, load_model, own_source
+from butterfly_llm.commands.common import Device, Precision, load_model, own_source, read_paths
 from butterfly_llm.config import SamplingConfig
 from butterfly_llm.memory import format_bytes
 from butterfly_llm.terminal import progress_bar, say, write
@@ -25,7 +25,10 @@ class Generate:
 
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=SamplingConfig)
     context: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="[PATH ...]")] = None
-    """What to read first: files, directories, archives; nothing if empty. Default: this package's source."""
+    """What to read first: files, directories, archives; nothing if empty. Default: this package's source, or
+    nothing more where a state is given."""
+    state: Path | None = None
+    """Folder that `butterfly read --save` wrote: go on from what it has read."""
     context_chars: int = 65_536
     """Characters of the context that are kept, the last ones; 0 for all."""
     prompt: str = ""
@@ -50,12 +53,19 @@ class Generate:
             raise ValueError("generate: --max-chars and --context-chars must be 0 or above")
         data, note = self._context()
         data += encode(self.prompt, source="--prompt", encoding=self.encoding, errors=self.errors)
-        if not data:
+        if not data and self.state is None:
             raise ValueError("generate: context and prompt are both empty; give --prompt or --context")
         model = load_model(self.model, self.device, self.precision)
         from butterfly_llm.generate import generate_text
 
-        cache = model.new_cache(1)
+        if self.state is None:
+            cache = model.new_cache(1)
+        else:
+            from butterfly_llm.state import load_state
+
+            cache = load_state(self.state, model)
+            say(f"{self.state}: {cache.position:,} characters read before")
+        begun = cache.position
         if note:
             say(note)
         reading, read = time.perf_counter(), 0.0
@@ -82,32 +92,25 @@ class Generate:
         if sys.stdout.isatty():
             write("\n")
         wrote = time.perf_counter() - reading - read
-        drawn = cache.position - len(data)
+        drawn = cache.position - begun - len(data)
         say(
-            f"read {len(data):,} characters at {len(data) / read:,.0f}/s, "
-            f"wrote {drawn:,} at {drawn / wrote:,.1f}/s, state {format_bytes(cache.nbytes)}"
+            (f"read {len(data):,} characters at {len(data) / read:,.0f}/s, " if data else "")
+            + f"wrote {drawn:,} at {drawn / wrote:,.1f}/s, state {format_bytes(cache.nbytes)}"
             + ("; the document or a stop string ended it" if drawn < self.max_chars else "")
         )
 
     def _context(self) -> tuple[bytes, str]:
         """The context, and what to say about it: after all that may be refused, which is one line alone."""
-        from butterfly_llm.data import read_context
-
+        if self.context is None and self.state is not None:
+            return b"", ""
         paths: Sequence[Path] = own_source() if self.context is None else self.context
         if not paths:
             return b"", ""
-        found = read_context(
+        data, note = read_paths(
             paths,
             encoding=self.encoding,
             errors="replace" if self.context is None else self.errors,
             max_chars=self.context_chars or None,
         )
-        notes = [f"{found.files:,} files"]
-        if found.dropped:
-            notes.append(f"{found.dropped:,} characters before them left out (--context-chars)")
-        if found.replaced:
-            notes.append(f"{found.replaced:,} characters replaced by '?'")
-        if found.skips.counts:
-            notes.append(f"skipped {found.skips.summary()}")
         name = "this package's source" if self.context is None else "context"
-        return found.data, f"{name}: {len(found.data):,} characters of {', '.join(notes)}"
+        return data, f"{name}: {len(data):,} characters of {note}"
