@@ -26,11 +26,16 @@ COMMANDS = ("prepare", "train", "read", "generate", "eval", "export", "bench", "
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0, 2 for bad input, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as with >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the life of the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 still gets its text
     try:
-        _parse(arguments).run()
-        sys.stdout.flush()
+        try:
+            _parse(arguments).run()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(130)

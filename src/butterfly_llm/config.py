@@ -63,6 +63,8 @@ class ButterflyConfig:
             lowest = 0 if field.name in _MAY_BE_ZERO else 1
             if whole and value < lowest:
                 raise ValueError(f"config: {field.name} must be at least {lowest}, not {value}")
+            if whole and value > _MAX_SIZE:
+                raise ValueError(f"config: {field.name} must be at most {_MAX_SIZE}, not {value:.6g}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"config: num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}"
@@ -76,18 +78,20 @@ class ButterflyConfig:
             )
         if self.num_levels > 24:
             raise ValueError(f"config: num_levels {self.num_levels} is above 24 (2 billion characters)")
-        if self.num_layers == 0:
-            raise ValueError("config: the model has no layers")
+        if not 1 <= self.num_layers <= _MAX_LAYERS:
+            raise ValueError(f"config: the model has {self.num_layers} layers; give 1 to {_MAX_LAYERS}")
         if self.routing not in ("shift", "xor", "xor_causal"):
             raise ValueError(f"config: routing must be shift, xor or xor_causal, not {self.routing!r}")
         if self.feed_forward not in ("relu2", "swiglu"):
             raise ValueError(f"config: feed_forward must be relu2 or swiglu, not {self.feed_forward!r}")
         if self.rope_theta is not None and not (
-            isinstance(self.rope_theta, (int, float)) and self.rope_theta > 0
+            isinstance(self.rope_theta, (int, float)) and 0 < self.rope_theta <= 1e18
         ):
-            raise ValueError(f"config: rope_theta must be positive or null, not {self.rope_theta!r}")
-        if not isinstance(self.norm_eps, (int, float)) or not self.norm_eps > 0:
-            raise ValueError(f"config: norm_eps must be positive, not {self.norm_eps!r}")
+            raise ValueError(
+                f"config: rope_theta must be from 0 to 1e18 or null, not {self.rope_theta!r:.40}"
+            )
+        if not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps <= 1:
+            raise ValueError(f"config: norm_eps must be above 0 and at most 1, not {self.norm_eps!r:.40}")
 
     @property
     def num_butterfly_layers(self) -> int:
@@ -130,6 +134,9 @@ class ButterflyConfig:
         return cls(**values)
 
 
+# Far beyond any model, and small enough that refusing one takes neither time nor memory.
+_MAX_SIZE = 2**20
+_MAX_LAYERS = 512
 _MAY_BE_ZERO = frozenset(
     {"num_local_layers", "num_passes", "num_extra_levels", "num_refine_layers", "carry_size"}
 )
@@ -246,8 +253,11 @@ class TrainConfig:
     """Decoupled weight decay of the matrices in the layers; embedding, head and vectors have none."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    spike_bits: float = 3.0
+    """A step whose loss is this many bits per character above the running mean changes nothing, as one whose
+    loss or gradient is not finite; 0 lets every finite loss pass."""
     max_bad_steps: int = 10
-    """Stop after this many steps in a row whose loss or gradient is not finite (they change nothing)."""
+    """Stop after this many such steps in a row."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the activations; weights are always kept in float32. auto: bfloat16 on a GPU, else float32."""
@@ -369,6 +379,6 @@ _TRAIN_WHOLE = {
 _TRAIN_RANGES = {
     "max_seconds": (0.0, 1e18), "finish_seconds": (0.0, 1e18),
     "learning_rate": (0.0, 1e18), "decay_from": (0.0, 0.99), "final_rate": (0.0, 1.0),
-    "weight_decay": (0.0, 1e18), "clip_norm": (1e-12, 1e18),
+    "weight_decay": (0.0, 1e18), "clip_norm": (1e-12, 1e18), "spike_bits": (0.0, 1e18),
     "checkpoint_minutes": (0.0, 1e18), "recall_share": (0.0, 1.0), "recall_weight": (1e-6, 1e6),
 }  # fmt: skip

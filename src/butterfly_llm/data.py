@@ -9,14 +9,16 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,7 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 SEPARATOR = b"\0"
+_STAGE = ".prepare-"
 
 EXCLUDED_DIRS = frozenset(
     {".git", ".hg", ".svn", ".tox", ".venv", "__pycache__", "node_modules"}
@@ -225,7 +228,10 @@ class _SplitWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())  # a full disk may show only here
 
     def write(self, data: bytes) -> None:
         self._file.write(data)
@@ -266,15 +272,21 @@ def prepare(
         raise ValueError(f"{out}: already holds a corpus; choose another directory or pass --overwrite")
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=".prepare-", dir=out))
+    for killed in out.glob(f"{_STAGE}*"):
+        shutil.rmtree(killed)
+    stage = Path(tempfile.mkdtemp(prefix=_STAGE, dir=out))
     try:
         report = _write(inputs, splits, stage, out, rules, progress)
+        # Without a manifest the rest is no corpus: old and new files are never taken together.
+        (out / MANIFEST).unlink(missing_ok=True)
         for name in ("train.bin", "val.bin", MANIFEST):
             os.replace(stage / name, out / name)
-    except BaseException:
+    except BaseException as failure:
         shutil.rmtree(stage)
         if not existed:
             out.rmdir()
+        if isinstance(failure, OSError) and failure.filename is None:  # a full disk: say which
+            raise OSError(failure.errno, failure.strerror, str(out)) from None
         raise
     stage.rmdir()
     return report
@@ -457,7 +469,8 @@ class Corpus:
     """One split of a prepared directory, or a bare .bin file: `data` (characters,) uint8, memory-mapped.
 
     `documents` are those of the split (none for a bare file). Raises ValueError when files are missing, empty
-    or do not fit the manifest.
+    or do not fit the manifest. To look at `data` when the file has been cut short meanwhile ends the process
+    (SIGBUS); `read` does not.
     """
 
     data: npt.NDArray[np.uint8]
@@ -480,10 +493,21 @@ class Corpus:
                 f"{self.path}: the {split} split is empty; prepare more projects or hold some out"
             )
         self.data = np.memmap(self.path, dtype=np.uint8, mode="r")
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
 
     def __len__(self) -> int:
         """Characters, separators included."""
         return len(self.data)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Characters start <= i < stop, read from the file; ValueError when it has been cut short."""
+        data = bytearray()
+        while piece := os.pread(self._descriptor, stop - start - len(data), start + len(data)):
+            data += piece
+        if len(data) != stop - start:
+            raise ValueError(f"{self.path}: was cut short while in use; prepare the corpus again")
+        return np.frombuffer(data, np.uint8)
 
     def _read_manifest(self, path: Path) -> int:
         """Take documents and encoding from the manifest; the split's length in characters."""
@@ -491,9 +515,15 @@ class Corpus:
             manifest: dict[str, Any] = json.loads(path.read_text())
             version = manifest["format"]
             documents = [Document(**document) for document in manifest["documents"]]
-            expected = int(manifest["splits"][self.split]["characters"])
+            expected: object = manifest["splits"][self.split]["characters"]
+            if not isinstance(expected, int):
+                raise TypeError(f"{expected!r:.40} characters")
             self.encoding = manifest["encoding"]
-        except (OSError, ValueError, KeyError, TypeError) as failure:
+            if self.encoding not in get_args(Encoding):
+                raise ValueError(f"unknown encoding {self.encoding!r:.40}")
+            for document in documents:
+                _check_document(document, expected if document.split == self.split else sys.maxsize)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as failure:
             raise ValueError(f"{path}: missing or damaged ({failure}); prepare the corpus again") from None
         if version != FORMAT_VERSION:
             raise ValueError(
@@ -501,6 +531,17 @@ class Corpus:
             )
         self.documents = tuple(document for document in documents if document.split == self.split)
         return expected
+
+
+def _check_document(document: Document, characters: int) -> None:
+    """TypeError or ValueError unless every field has its type and the document lies in its split."""
+    for each in fields(document):
+        whole = each.type is int
+        value = getattr(document, each.name)
+        if (not isinstance(value, int) or value < 0) if whole else not isinstance(value, str):
+            raise TypeError(f"{each.name} of a document is {value!r:.40}")
+    if document.split not in SPLITS or document.offset + document.characters > characters:
+        raise ValueError(f"document {document.name!r:.40} does not lie in a split")
 
 
 def sample_windows(
@@ -516,7 +557,7 @@ def sample_windows(
     words = np.random.Philox(key=np.array([seed, step], np.uint64), counter=first).random_raw(4 * count)[::4]
     windows = np.empty((count, length + 1), np.uint8)
     for row, start in zip(windows, (words % np.uint64(starts)).tolist(), strict=True):
-        row[:] = corpus.data[start : start + length + 1]
+        row[:] = corpus.read(start, start + length + 1)
     return windows
 
 
@@ -530,7 +571,7 @@ def val_windows(
     """
     whole = (check_length(corpus, length) - 1) // length + 1
     count = whole if max_chars is None else min(whole, max(1, max_chars // length))
-    return (corpus.data[k * length : (k + 1) * length + 1] for k in range(count))
+    return (corpus.read(k * length, (k + 1) * length + 1) for k in range(count))
 
 
 def check_length(corpus: Corpus, length: int) -> int:

@@ -28,7 +28,7 @@ from butterfly_llm import memory
 from butterfly_llm.archives import archive_suffix
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.data import MANIFEST, SEPARATOR, Corpus, read_context
-from butterfly_llm.text import Encoding, Errors, encode, read_text
+from butterfly_llm.text import Encoding, Errors, encode_counted, read_text
 
 if TYPE_CHECKING:
     from butterfly_llm.model import Butterfly
@@ -40,10 +40,11 @@ _LOGITS_SLICE = 8192  # positions whose log-probabilities are made at once
 
 @dataclass(frozen=True)
 class Document:
-    """A text to evaluate: Latin-1 (or UTF-8) bytes, one character each."""
+    """A text to evaluate: Latin-1 (or UTF-8) bytes, one character each, and what was lost in reading it."""
 
     name: str
     data: bytes
+    losses: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,26 @@ def load_documents(
         if (path / MANIFEST).is_file():
             corpus = Corpus(path, "val")
             for d in corpus.documents:
-                documents.append(Document(d.name, corpus.data[d.offset : d.offset + d.characters].tobytes()))
+                data = corpus.read(d.offset, d.offset + d.characters).tobytes()
+                documents.append(Document(d.name, data))
         elif path.is_dir() or archive_suffix(path):
-            data = read_context([path], encoding=encoding, errors=errors).data
-            documents.append(Document(str(path), data))
+            context = read_context([path], encoding=encoding, errors=errors)
+            losses = [_replaced(context.replaced)] if context.replaced else []
+            losses += [f"skipped {context.skips.summary()}"] if context.skips.counts else []
+            documents.append(Document(str(path), context.data, ", ".join(losses)))
         else:
-            data = encode(read_text(path), source=str(path), encoding=encoding, errors=errors)
-            documents.append(Document(str(path), data))
-    return [Document(d.name, d.data[:max_chars]) for d in documents]
+            size = path.stat().st_size
+            if not path.is_file():
+                raise ValueError(f"{path}: not a regular file; give a file, a directory or an archive")
+            memory.require(8 * size, "cpu", f"reading {path}", "give a smaller text")
+            encoded = encode_counted(read_text(path), source=str(path), encoding=encoding, errors=errors)
+            losses = [_replaced(encoded.replaced)] if encoded.replaced else []
+            documents.append(Document(str(path), encoded.data, ", ".join(losses)))
+    return [dataclasses.replace(d, data=d.data[:max_chars]) for d in documents]
+
+
+def _replaced(count: int) -> str:
+    return f"{count:,} characters replaced by '?'"
 
 
 def evaluate(

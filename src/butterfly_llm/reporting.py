@@ -14,9 +14,12 @@ from typing import Any
 class Reporter:
     """Writes metrics and shows progress: one live line on a terminal, elsewhere a line each time."""
 
-    def __init__(self, path: Path, *, resumed_at: int) -> None:
-        """`path`: the JSONL file; its lines of steps after `resumed_at`, now made again, are dropped."""
-        _keep_until(path, resumed_at)
+    def __init__(self, path: Path, *, resumed_at: int, finished: bool) -> None:
+        """`path`: the JSONL file; its lines that are now made again are dropped.
+
+        Those are the lines of steps after `resumed_at`, the end, and of a finished run its last validation.
+        """
+        _keep_until(path, resumed_at, finished)
         self._file = path.open("a", encoding="utf-8")
         self._begun: tuple[float, float] | None = None  # time and progress when the first figures came
         self._live: Any = None
@@ -78,8 +81,8 @@ def _live_line() -> Any:
     return live
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop lines of later steps, and a last line that a killed run left unfinished."""
+def _keep_until(path: Path, step: int, finished: bool) -> None:
+    """Drop lines that are made again, and a last line that a killed run left unfinished."""
     if not path.exists():
         return
     kept = []
@@ -88,7 +91,9 @@ def _keep_until(path: Path, step: int) -> None:
             value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(value, dict) and value.get("step", 0) <= step:
+        if not isinstance(value, dict) or value.get("step", 0) > step or value.get("kind") == "end":
+            continue
+        if not (finished and value.get("kind") == "val" and value.get("step") == step):
             kept.append(line + "\n")
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")

@@ -55,13 +55,15 @@ row i may depend on the step and on first + i only. For curricula that plant som
 _CHANGEABLE = frozenset((
     "steps", "max_seconds", "finish_seconds", "corpus", "out", "resume", "device", "log_every", "val_every",
     "val_length", "val_chars", "sample_every", "sample_chars", "sample_prompt", "checkpoint_every",
-    "checkpoint_minutes", "keep", "max_bad_steps", "export", "micro_chars", "compile",
+    "checkpoint_minutes", "keep", "spike_bits", "max_bad_steps", "export", "micro_chars", "compile",
     "gradient_checkpointing", "deterministic",
 ))  # fmt: skip
+_LESS_MEMORY = "lower micro_chars, switch gradient_checkpointing on, or use a smaller model"
+_USUAL_SHARE = 0.05  # of a step's loss in the running mean that a spike is measured against
 
 
 class TrainingDiverged(ValueError):
-    """Loss or gradient were not finite for too many steps in a row."""
+    """Loss or gradient were not finite, or the loss a spike, for too many steps in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class TrainResult:
     model: Butterfly
     step: int
     chars: int  # characters trained on
-    skipped: int  # steps whose loss or gradient was not finite
+    skipped: int  # steps whose loss or gradient was not finite, or whose loss was a spike
     elapsed: float  # seconds, over all restarts
     val_bits: float  # bits per character on the validation split
     losses: list[float]  # bits per character of every step since this start
@@ -89,7 +91,8 @@ def train(
 
     The corpora are those in `config.corpus` unless given. On SIGTERM or SIGINT the run writes a checkpoint at
     the next step boundary and raises SystemExit (143 or 130); a second signal ends the process at once.
-    ValueError for settings, data and checkpoints that do not fit; TrainingDiverged after `max_bad_steps`.
+    ValueError for settings, data and checkpoints that do not fit; TrainingDiverged after `max_bad_steps`;
+    MemoryError, with the estimate, where the device runs out on the way.
     """
     if transform is None and config.recall_share > 0:
         transform = curriculum(
@@ -116,6 +119,11 @@ def train(
                     run.reporter.say(f"stopped at step {run.step}; the same command goes on from there")
                     raise SystemExit(128 + stop.received)
             return run.finish()
+    except torch.OutOfMemoryError:
+        raise MemoryError(
+            f"train: {run.device} is out of memory at step {run.step} "
+            f"({memory.format_bytes(run.estimate)} were estimated): {_LESS_MEMORY}"
+        ) from None
     finally:
         run.reporter.close()
 
@@ -139,12 +147,8 @@ class _Run:
         self.config, self.corpus, self.val_corpus, self.transform = config, corpus, val_corpus, transform
         self.device = memory.pick_device(config.device)
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
-        memory.require(
-            estimate_train_bytes(config, model_config, 2 if half else 4),
-            str(self.device),
-            "training",
-            "lower micro_chars, switch gradient_checkpointing on, or use a smaller model",
-        )
+        self.estimate = estimate_train_bytes(config, model_config, 2 if half else 4)
+        memory.require(self.estimate, str(self.device), "training", _LESS_MEMORY)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -158,6 +162,7 @@ class _Run:
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.bad_streak = torch.zeros_like(self.skipped)
         self.worst_streak = torch.zeros_like(self.skipped)
+        self.usual_loss = torch.full((), math.nan, device=self.device)  # running mean of the good steps, nats
         self.validated = -1, math.nan  # the last validation: step, bits per character
         self.losses: list[float] = []
         self.unread: list[Tensor] = []  # (loss, gradient norm, bad) of steps the host has not looked at
@@ -174,7 +179,7 @@ class _Run:
         self.begun = self.saved_at = self.logged_at = time.monotonic()
         self.logged_chars = self.chars
         self.saved_step = self.step
-        self.reporter = Reporter(out / "metrics.jsonl", resumed_at=self.step)
+        self.reporter = Reporter(out / "metrics.jsonl", resumed_at=self.step, finished=self.progress() >= 1)
         parameters = f"{self.model.num_parameters():,} parameters on {self.device}"
         at = f", resumed at step {self.step}" if state else ""
         self.reporter.say(f"{parameters}, {len(corpus):,} characters{at}")
@@ -199,6 +204,10 @@ class _Run:
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm, foreach=True)
         bad = ~(loss.isfinite() & norm.isfinite())
+        if config.spike_bits:
+            bad |= loss > self.usual_loss + config.spike_bits * math.log(2)  # false while there is no mean
+        usual = torch.where(self.usual_loss.isnan(), loss, self.usual_loss.lerp(loss, _USUAL_SHARE))
+        self.usual_loss = torch.where(bad, self.usual_loss, usual)
         self.optimizers.step(rate, bad)
         self.skipped += bad
         self.bad_streak = torch.where(bad, self.bad_streak + 1, 0)
@@ -269,9 +278,9 @@ class _Run:
         if int(self.worst_streak) >= self.config.max_bad_steps:
             kept = checkpoints(self.config.out)
             raise TrainingDiverged(
-                f"loss or gradient were not finite for {int(self.worst_streak)} steps in a row before step "
-                f"{self.step}; lower learning_rate or clip_norm"
-                + (f" (last checkpoint: {kept[0]})" if kept else "")
+                f"loss or gradient were not finite, or the loss a spike (spike_bits), for "
+                f"{int(self.worst_streak)} steps in a row before step {self.step}; lower learning_rate or "
+                "clip_norm" + (f" (last checkpoint: {kept[0]})" if kept else "")
             )
 
     def _log(self, length: int, rate: float) -> None:
@@ -350,7 +359,7 @@ class _Run:
             "elapsed": self.elapsed(),
             "train": self.config.to_dict(),
         }
-        tensors = [("random.cpu", torch.get_rng_state())]
+        tensors = [("random.cpu", torch.get_rng_state()), ("usual_loss", self.usual_loss)]
         if self.device.type == "cuda":
             tensors.append(("random.cuda", torch.cuda.get_rng_state(self.device)))
         tensors += [("optimizer." + name, tensor) for name, tensor in self.optimizers.state_tensors()]
@@ -383,6 +392,8 @@ class _Run:
             torch.set_rng_state(state.tensors["random.cpu"])
             if self.device.type == "cuda" and "random.cuda" in state.tensors:
                 torch.cuda.set_rng_state(state.tensors["random.cuda"], self.device)
+            if "usual_loss" in state.tensors:  # not in the first checkpoints of version 1
+                self.usual_loss = state.tensors["usual_loss"].to(self.device, torch.float32)
             values = state.values
             self.step, self.chars = int(values["step"]), int(values["chars"])
             self.elapsed_before = float(values["elapsed"])
@@ -395,7 +406,9 @@ class _Run:
     def finish(self) -> TrainResult:
         """The last validation and checkpoint, and the model alone in `out`/model."""
         bits = self.validate()
-        self.checkpoint()
+        there = checkpoint_path(self.config.out, self.step) in checkpoints(self.config.out)
+        if not (there and self.step == self.saved_step):  # else a finished run was started again
+            self.checkpoint()
         extra = {"step": self.step, "chars": self.chars, "val_bits_per_char": bits}
         save_model(self.model, Path(self.config.out) / "model", extra=extra)
         self.reporter.record("end", step=self.step, elapsed=round(self.elapsed(), 2))
@@ -501,7 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not arguments or arguments[0] in ("-h", "--help"):
             raise ValueError("usage: python -m butterfly_llm.train RUN.toml key=value ...")
         train(*load_run(arguments[0], arguments[1:]))
-    except (ValueError, OSError) as failure:
+    except (ValueError, OSError, MemoryError) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 2
     return 0

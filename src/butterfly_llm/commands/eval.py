@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from butterfly_llm.commands.common import Device, Precision, load_model
-from butterfly_llm.terminal import progress_bar
+from butterfly_llm.terminal import progress_bar, say
 from butterfly_llm.text import Encoding, Errors
 
 
@@ -46,6 +46,9 @@ class Eval:
             self.files, encoding=self.encoding, errors=self.errors, max_chars=self.max_chars
         )
         model = load_model(self.model, self.device, self.precision)
+        for document in documents:
+            if document.losses:
+                say(f"{document.name}: {document.losses}")
         with progress_bar("evaluating", sum(len(d.data) for d in documents)) as update:
             result = evaluate(model, documents, context=self.context, progress=update)
         print(result.to_json() if self.json else format_table(result))
