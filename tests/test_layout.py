@@ -18,7 +18,7 @@ RANKS = {
     "ops": 2, "cache": 2,
     "model": 3,
     "checkpoint": 4, "state": 4, "generate": 4, "evaluate": 4, "recall": 4, "optim": 4, "reporting": 4,
-    "train": 5, "repeats": 5, "plot": 5, "hf": 5, "engine": 5,
+    "train": 5, "repeats": 5, "tasks": 5, "plot": 5, "hf": 5, "engine": 5,
     "serve": 6, "bench": 6,
     "commands": 7,
     "cli": 8,

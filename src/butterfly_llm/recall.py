@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,8 @@ class Needles:
     """Characters of a value."""
     alphabet: str = "0123456789"
     """Characters that a value is made of."""
+    announced: bool = False
+    """The keys that will be asked for stand at the beginning too, as `#ASK ab`, before the facts."""
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.distractors < 0 or self.key_chars < 1 or self.value_chars < 1:
@@ -136,12 +138,19 @@ def plant(
 
     def write(slot: int, word: str, name: int, value: str) -> int:
         """Index of the value in the item written into `slot`."""
-        letters = "".join(chr(97 + name // 26**i % 26) for i in range(needles.key_chars))
-        item = f"\n#{word} {letters}={value}\n".encode("latin-1")
+        item = f"\n#{word} {_letters(name, needles)}={value}\n".encode("latin-1")
         start = shift + slot * slot_chars + int(generator.integers(0, slot_chars - len(item) + 1))
         text[start : start + len(item)] = np.frombuffer(item, dtype=np.uint8)
         used.add(slot)
         return start + len(item) - 1 - len(value)
+
+    if needles.announced:
+        asked = "".join(f"\n#ASK {_letters(name, needles)}" for name in names[: needles.pairs]) + "\n"
+        taken = -(-(len(asked) + shift) // slot_chars)
+        if taken > slots // 4:
+            raise ValueError(f"needles: {needles.pairs} announced keys do not fit a window of {len(window)}")
+        text[: len(asked)] = np.frombuffer(asked.encode("latin-1"), dtype=np.uint8)
+        used.update(range(taken))
 
     for number, name in enumerate(names.tolist()):
         value = "".join(generator.choice(list(needles.alphabet), needles.value_chars))
@@ -154,6 +163,11 @@ def plant(
                 answers.append(Answer(write(found[1], "GET", name, value), fact, needles.value_chars))
             break
     return text, answers
+
+
+def _letters(name: int, needles: Needles) -> str:
+    """The key with this number."""
+    return "".join(chr(97 + name // 26**i % 26) for i in range(needles.key_chars))
 
 
 @dataclass(frozen=True)
@@ -201,27 +215,41 @@ def evaluate_recall(
     slot_chars = max(64, 2 << (needles.item_chars - 1).bit_length())
     slots_per_chunk = max(1, chunk_size // slot_chars)
     largest = max(1, (length - 1) // chunk_size)
+
+    def cases() -> Iterator[tuple[Bytes, list[Answer]]]:
+        for count in range(largest.bit_length() + 1):
+            for number in range(windows):
+                generator = np.random.Generator(np.random.Philox(key=[seed, count << 32 | number]))
+                start = int(generator.integers(0, len(data) - length))
+                place = at_hops(count, slots_per_chunk)
+                for _ in range(_ATTEMPTS):  # items across chunk borders may be a chunk nearer or further
+                    window, answers = plant(
+                        data[start : start + length + 1], needles, generator, place, slot_chars
+                    )
+                    if answers and all(hops(a.chunk_distance(chunk_size)) == count for a in answers):
+                        break
+                yield window, answers
+
+    return score(model, cases(), length, progress=progress)
+
+
+def score(
+    model: Butterfly,
+    cases: Iterable[tuple[Bytes, Sequence[Answer]]],
+    length: int,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> RecallResult:
+    """Ask the model in windows (length + 1,) of characters and count the answers by hops and by distance."""
     by_hops: dict[int, list[bool]] = {}
     by_distance: dict[int, list[bool]] = {}
-    done = 0
-    for count in range(largest.bit_length() + 1):
-        for number in range(windows):
-            generator = np.random.Generator(np.random.Philox(key=[seed, count << 32 | number]))
-            start = int(generator.integers(0, len(data) - length))
-            place = at_hops(count, slots_per_chunk)
-            for _ in range(_ATTEMPTS):  # items across chunk borders may be a chunk nearer or further
-                window, answers = plant(
-                    data[start : start + length + 1], needles, generator, place, slot_chars
-                )
-                if answers and all(hops(a.chunk_distance(chunk_size)) == count for a in answers):
-                    break
-            for answer, right in zip(answers, _right(model, window, answers), strict=True):
-                by_hops.setdefault(hops(answer.chunk_distance(chunk_size)), []).append(right)
-                edge = next((e for e in DISTANCES if answer.distance < e), DISTANCES[-1])
-                by_distance.setdefault(edge, []).append(right)
-            done += 1
-            if progress is not None:
-                progress(done)
+    for done, (window, answers) in enumerate(cases, 1):
+        for answer, right in zip(answers, _right(model, window, answers), strict=True):
+            by_hops.setdefault(hops(answer.chunk_distance(model.config.chunk_size)), []).append(right)
+            edge = next((e for e in DISTANCES if answer.distance < e), DISTANCES[-1])
+            by_distance.setdefault(edge, []).append(right)
+        if progress is not None:
+            progress(done)
     return RecallResult(length, _shares(by_hops), _shares(by_distance))
 
 
