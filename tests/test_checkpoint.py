@@ -182,8 +182,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "absolute path": (lambda f: rename_in_index(f, "/etc/passwd"), "names '/etc/passwd'"),
     "no name": (lambda f: rename_in_index(f, 7), "names 7"),
     "file outside the manifest": (
-        lambda f: rename_in_index(f, "other.safetensors"),
-        "other.safetensors is not in MANIFEST.json",
+        lambda f: rename_in_index(f, "model-9.safetensors"),
+        "model-9.safetensors is not in MANIFEST.json",
+    ),
+    "file of another kind": (
+        lambda f: rename_in_index(f, "config.json"),
+        "names 'config.json', which is no model file",
     ),
     "pickle as shard": (
         lambda f: rewrite(f, shard(f).name, pickle.dumps({"x": 1})),

@@ -1,6 +1,6 @@
 """Long runs lose nothing: killed, stopped twice, resumed with other settings, spikes, no memory left.
 
-Rows 3, 4, 8, 9 and 12 of docs/robustness.md.
+Rows 1, 3, 4, 8, 9 and 12 of docs/robustness.md.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -61,6 +62,23 @@ def metrics(settings: TrainConfig) -> list[dict[str, Any]]:
 
 def parameters(result: TrainResult) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in result.model.named_parameters()}
+
+
+def test_thirty_kills_while_saving_lose_nothing() -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "kills.py"),
+        "--kills",
+        "30",
+        "--seed",
+        str(os.getpid()),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["survived"] == result["kills"] == 30 and result["swept"]
+    assert result["while_saving"] > 0, "no kill came while a checkpoint was being written"
 
 
 def other_value(value: Any) -> Any:

@@ -30,6 +30,7 @@ from butterfly_llm.folder import (
     Folder,
     json_bytes,
     shards,
+    standing,
     write_folder,
 )
 from butterfly_llm.model import Butterfly
@@ -74,9 +75,10 @@ def load_pretrained(path: str | Path | None = None, *, device: str | torch.devic
         raise FileNotFoundError("no model is shipped with this installation: give the path of one")
     folder = _ModelFolder(_resolve(SHIPPED if path is None else Path(path)))
     config, dtype = folder.model_config()
+    needed = _check_sizes(folder, config, dtype)
     for place in {"cpu", str(device)}:
         memory.require(
-            estimate_model_bytes(config),
+            needed,
             place,
             f"the model in {folder.path.name}",
             "use a smaller model or another device",
@@ -137,7 +139,12 @@ def load_training(directory: str | Path) -> TrainingState:
     folder = _ModelFolder(Path(directory))
     config, dtype = folder.model_config()
     if "state.json" not in folder.manifest:
-        raise ValueError(f"{directory}: a model without training state; training cannot go on from it")
+        raise ValueError(
+            f"{directory}: a model without training state (no state.json in {MANIFEST}); training cannot go "
+            "on from it"
+        )
+    weights = _check_sizes(folder, config, dtype)
+    folder.check_sizes("state", 0, 3 * weights)
     total = sum(entry["bytes"] for entry in folder.manifest.values())
     memory.require(
         total, "cpu", f"reading {folder.path.name}", "close other programs or use a larger machine"
@@ -229,11 +236,19 @@ def _model_files(
     yield from shards("model", tensors, shard_bytes)
 
 
+def _check_sizes(folder: Folder, config: ButterflyConfig, dtype: StoredDtype) -> int:
+    """The bytes of the model in float32; ValueError where the files cannot hold it."""
+    needed = estimate_model_bytes(config)
+    folder.check_sizes("model", needed // {"float32": 1, "bfloat16": 2, "int8": 4}[dtype], needed)
+    return needed
+
+
 def _resolve(path: Path) -> Path:
     """The model folder that `path` means: itself, or what a run in it has come to."""
+    path = standing(path)
     if (path / MANIFEST).exists():
         return path
-    return next((found for found in (path / "model", *checkpoints(path)) if found.is_dir()), path)
+    return next((found for found in (standing(path / "model"), *checkpoints(path)) if found.is_dir()), path)
 
 
 class _ModelFolder(Folder):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from butterfly_llm.cache import Cache
-from butterfly_llm.folder import FORMAT_VERSION, STATE, Folder, json_bytes, shards, write_folder
+from butterfly_llm.folder import FORMAT_VERSION, STATE, Folder, json_bytes, shards, standing, write_folder
 from butterfly_llm.model import Butterfly
 
 _SHARD_BYTES = 64 * 2**20
@@ -63,7 +63,7 @@ def load_state(path: str | Path, model: Butterfly) -> Cache:
     FileNotFoundError where there is nothing; ValueError, one line, for a damaged folder, the state of another
     model (both are named), and a state that does not fit into memory.
     """
-    folder = Folder(Path(path), STATE)
+    folder = Folder(standing(Path(path)), STATE)
     header = _header(folder)
     config = model.config.to_dict()
     for key in sorted(config.keys() | header["config"].keys()):
@@ -82,6 +82,8 @@ def load_state(path: str | Path, model: Butterfly) -> Cache:
     cache.position = header["position"]
     cache.recent = header["recent"].encode("latin-1")
     expected = dict(cache.filled())
+    size = sum(tensor.nbytes for tensor in expected.values())
+    folder.check_sizes("rings", size, size)
     for name, tensor in folder.tensors("rings"):
         if name == "logits" and tensor.dtype == torch.float32:
             cache.logits = tensor.to(cache.keys[0].device)
