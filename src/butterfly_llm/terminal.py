@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ def flatten(box: str) -> str:
     near = [line for part in parts[1:] if part and part[0].startswith("Perhaps") for line in part]
     meant = dict.fromkeys(line.split()[0] for line in near if line.startswith("--"))
     message = re.sub(r"^Error parsing (?!-)\S+: ", "", message)
+    if choice := re.match(r"invalid choice '(.*?)' for .* Expected one of \((.*)\)", message):
+        meant = dict.fromkeys(difflib.get_close_matches(choice[1], re.findall(r"'(.*?)'", choice[2]), 1))
     return message + (f" (did you mean {' or '.join(meant)}?)" if meant else "")
 
 
