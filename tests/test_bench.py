@@ -53,13 +53,13 @@ def test_train_prints_a_table_and_one_object(run):
 def test_stream_with_json_leaves_stdout_to_the_object(run, checkpoint, monkeypatch):
     monkeypatch.setattr("butterfly_llm.bench.stream.matmul_rate", lambda *_: 1e9)
     monkeypatch.setattr("butterfly_llm.bench.stream.read_bandwidth", lambda *_: 1e9)
-    code, out, err = run(
-        "stream", "--json", "--model", checkpoint, "--short", 64, "--long", 256, "--steps", 2
-    )
+    code, out, err = run("stream", "--json", "--model", checkpoint, "--lengths", 64, 256, "--steps", 2)
     result = json.loads(out)
-    assert code == 0 and out.count("\n") == 1 and "prefill" in err
-    assert result["prefill_chars"] == 256 and set(result["step_ms"]) == {"64", "256"}
-    assert result["state_bytes"] == random_model(ButterflyConfig.preset("micro")).new_cache().nbytes
+    assert code == 0 and out.count("\n") == 1 and "read, a second" in err
+    assert [(row["what"], row["length"]) for row in result["rows"]] == [
+        ("reading", 64), ("writing", 64), ("reading", 256), ("writing", 256)
+    ]  # fmt: skip
+    assert result["rows"][-1]["bytes"] == random_model(ButterflyConfig.preset("micro")).new_cache().nbytes
 
 
 def test_the_modules_run_where_only_torch_is_installed():
@@ -86,8 +86,8 @@ def test_ops_without_a_gpu_is_one_line(run):
     ("arguments", "message"),
     [
         ("trian", "unknown benchmark 'trian' (did you mean 'train'?): there are ops, stream, train"),
-        ("stream --shrot 3", "unrecognized arguments: --shrot 3 (did you mean --short?)"),
-        ("stream --short 3 --long 2", "--short must be from 1 to --long"),
+        ("stream --lenghts 3", "unrecognized arguments: --lenghts 3 (did you mean --lengths?)"),
+        ("stream --lengths 0", "--lengths and --steps must be at least 1"),
         ("stream --model nosuch", "nosuch: no such checkpoint"),
         ("stream --device tpu", "device 'tpu': use auto, cpu, cuda or cuda:N"),
         ("train --preset smal", "unknown preset 'smal' (did you mean 'small'?)"),

@@ -380,11 +380,20 @@ def test_version_and_module_entry_point():
         ("train --preset micro --corpus nosuch", "nosuch"),
         ("train --preset micro --steps 0", "steps must be a whole number from 1 up"),
         ("train --preset micro --model.num-heads 3", "num_kv_heads 2 must divide num_heads 3"),
-        ("plot loss --out x.png", "--metrics"),
+        ("plot loss --out x.png", "plot loss: which run? give its metrics.jsonl"),
+        ("plot context --out x.png", "outputs of butterfly eval --json"),
+        ("plot scaling --out x.png", "outputs of butterfly bench"),
+        ("plot scaling BAD.toml --out x.png", "BAD.toml: not the output of a benchmark"),
+        ("plot context BAD.toml --out x.png", "BAD.toml: not the output of butterfly eval --json"),
+        ("plot loss EMPTY EMPTY --out x.png", "one run at a time"),
+        ("plot rooting --out x.png", "(did you mean routing?)"),
+        ("plot attention README --layer 99 --model MODEL --out x.png", "layer 99: there are 0 to"),
+        ("plot attention README --layer 0 --head 9 --model MODEL --out x.png", "head 9: there are 0 to"),
+        ("plot attention README --max-chars 0 --out x.png", "--max-chars must be at least 1"),
         ("plot routing --out x.bmp", ".png or .svg"),
-        ("plot loss --out x.png --metrics nosuch", "nosuch: No such file or directory"),
-        ("plot loss --out x.png --metrics BAD.toml", "BAD.toml"),
-        ("plot loss --out x.png --metrics EMPTY", "EMPTY"),
+        ("plot loss --out x.png nosuch", "nosuch: No such file or directory"),
+        ("plot loss --out x.png BAD.toml", "BAD.toml"),
+        ("plot loss --out x.png EMPTY", "EMPTY"),
         ("info --preset nosuch", "unknown preset 'nosuch'"),
         ("info --model nosuch", "nosuch"),
     ],
@@ -437,7 +446,7 @@ def test_unreadable_files_are_one_line(run, checkpoint, tmp_path, monkeypatch):
 
 
 def test_a_directory_in_place_of_a_file_is_one_line(run, tmp_path):
-    code, _, err = run("plot", "loss", "--out", tmp_path / "x.png", "--metrics", tmp_path)
+    code, _, err = run("plot", "loss", tmp_path, "--out", tmp_path / "x.png")
     assert (code, err) == (2, f"butterfly: error: {tmp_path}: Is a directory\n")
 
 

@@ -3,12 +3,26 @@
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
-from butterfly_llm.plot import _read_metrics, _smooth, plot_loss, plot_routing
+from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.ops.reference import butterfly_attention_reference
+from butterfly_llm.plot.attention import attention_map, plot_attention
+from butterfly_llm.plot.results import (
+    _read_metrics,
+    _read_rows,
+    _smooth,
+    plot_context,
+    plot_loss,
+    plot_scaling,
+)
+from butterfly_llm.plot.routing import plot_reach, plot_routing
+from conftest import random_model
 
 
 @pytest.fixture
@@ -88,3 +102,109 @@ def test_without_matplotlib_there_is_a_hint(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'butterfly-llm\[plot\]'"):
         plot_routing(tmp_path / "x.png")
+
+
+@pytest.fixture
+def labels(monkeypatch):
+    """The texts of every figure that is written."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    seen = []
+    save = Figure.savefig
+
+    def note(figure, *arguments, **options):
+        seen.extend(text.get_text() for text in figure.findobj(Text))
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    return seen
+
+
+def test_reach_figure_says_what_each_routing_connects(tmp_path, labels):
+    plot_reach(tmp_path / "reach.svg")
+    assert {"100%", "20%", "15%", "pass 5"} <= set(labels)
+
+
+def test_context_figure_shows_the_rates_of_every_bucket(tmp_path, labels):
+    files = []
+    for name, rate in (("short", 1.5), ("long", 1.25)):
+        buckets = [
+            {"start": 0, "stop": 128, "chars": 128, "bits_per_char": 2 * rate},
+            {"start": 128, "stop": 1024, "chars": 896, "bits_per_char": rate},
+        ]
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"buckets": buckets, "xz": 1.75, "zstd": None}))
+    plot_context(files, tmp_path / "context.png")
+    assert {"3.00", "1.50", "2.50", "1.25", "xz \u22129e  1.75", "short", "long", "128", "1k"} <= set(labels)
+    assert not any("zstd" in label for label in labels)
+
+
+def test_scaling_figure_shows_speed_and_memory(tmp_path, labels):
+    rows = [
+        {"what": "writing", "length": length, "chars_per_second": rate, "bytes": 5_000_000}
+        for length, rate in ((1024, 60.0), (65536, 50.0))
+    ]
+    file = tmp_path / "bench.txt"
+    file.write_text("a table\n" + json.dumps({"rows": rows}) + "\n")
+    plot_scaling([file], tmp_path / "scaling.png")
+    assert {"writing, 50", "writing, 5.0 MB", "1k", "64k"} <= set(labels)
+    file.write_text(json.dumps({"rows": [dict(row, bytes=None) for row in rows]}))
+    labels.clear()
+    plot_scaling([file], tmp_path / "scaling.png")
+    assert "characters a second" in labels and "memory" not in labels
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a table", "{}", '{"rows": []}', '{"rows": [{"what": "x", "length": 0}]}', '{"rows": [1]}']
+)
+def test_benchmarks_that_are_none_are_refused(tmp_path, text):
+    path = tmp_path / "bench.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bench\.txt: not the output of a benchmark") as caught:
+        _read_rows(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("topology", ["shift", "xor_causal"])
+@pytest.mark.parametrize("layer", [0, 5])
+@pytest.mark.parametrize("chars", [3, 70, 128])
+def test_attention_map_is_what_the_layer_computes(topology, layer, chars):
+    config = ButterflyConfig.preset("micro", routing=topology)
+    model = random_model(config)
+    ids = torch.randint(256, (chars,), dtype=torch.uint8)
+    captured = []
+    module = model.layers[layer]
+    project = module.project
+    module.project = lambda *arguments: captured.append(project(*arguments)) or captured[-1]
+    with torch.no_grad():
+        weights = attention_map(model, ids, layer)  # (H, Q, C + Q)
+    q, k, v = (x[None] for x in captured[0])
+    expected = butterfly_attention_reference(
+        q, k, v, stride=model.routes[layer].stride, topology=topology, chunk_size=config.chunk_size,
+        rope_theta=config.rope_theta,
+    )[0]  # fmt: skip
+    size, stride = config.chunk_size, model.routes[layer].stride
+    start = (chars - 1) // size * size
+    partner = start - stride * size if topology == "shift" else (start // size ^ stride) * size
+    v = v[0].repeat_interleave(config.num_heads // config.num_kv_heads, dim=1)  # (N, H, D)
+    there = v[partner : partner + size] if 0 <= partner < start else v.new_zeros(size, *v.shape[1:])
+    y = torch.einsum("hqk,khd->qhd", weights, torch.cat([there, v[start:]]))
+    assert torch.allclose(y, expected[start:], atol=1e-5)
+    assert torch.allclose(weights.sum(-1), torch.ones(()))
+
+
+def test_attention_figure_spells_the_text_out(tmp_path, labels):
+    model = random_model(ButterflyConfig.preset("micro"))
+    for text, seen in ((Path(__file__).read_bytes()[:100], True), (b"a\n\x00", False)):
+        labels.clear()
+        plot_attention(model, text, tmp_path / "attention.png", layer=0, head=1)
+        assert ("what the last character sees in the chunk it hears" in labels) is seen
+    assert {"a", "\u21b5", "\u00b7"} <= set(labels)
+
+
+def test_attention_of_nothing_is_refused(tmp_path):
+    model = random_model(ButterflyConfig.preset("micro"))
+    with pytest.raises(ValueError, match="the text is empty"):
+        plot_attention(model, b"", tmp_path / "x.png", layer=0)
+    assert not list(tmp_path.iterdir())

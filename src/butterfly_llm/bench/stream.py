@@ -4,7 +4,7 @@
     butterfly bench stream --model PATH --device cuda
 
 Measures in one run, so that the shares hold on a noisy machine: a matrix product and a read of memory (the
-ceilings), prefill of the long context, and single steps after a short and after the long context in turn.
+ceilings), prefill of each context, and single steps after each of them in turn.
 """
 
 from __future__ import annotations
@@ -72,34 +72,38 @@ def step_bytes(model: Butterfly, cache: Cache) -> int:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="checkpoint folder; default: the shipped one")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--short", type=int, default=1024, help="characters of the short context")
-    parser.add_argument("--long", type=int, default=65_536, help="characters of the long context")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 65_536], help="characters of the contexts"
+    )
     parser.add_argument("--steps", type=int, default=256, help="characters written after each")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    if not 1 <= options.short <= options.long or options.steps < 1:
-        raise ValueError("bench stream: --short must be from 1 to --long, and --steps at least 1")
+    lengths = sorted(set(options.lengths))
+    if lengths[0] < 1 or options.steps < 1:
+        raise ValueError("bench stream: --lengths and --steps must be at least 1")
     device = str(pick_device(options.device))
     model = load_pretrained(options.model, device=device)
     dtype = model.compute_dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
 
     rate, bandwidth = matmul_rate(device, dtype), read_bandwidth(device)
-    text = torch.randint(32, 127, (1, options.long), device=device)
+    longest = lengths[-1]
+    text = torch.randint(32, 127, (1, longest), device=device)
     model.prefill(text[:, :4096], model.new_cache())
-    caches = {length: model.new_cache() for length in (options.short, options.long)}
-    model.prefill(text[:, : options.short], caches[options.short])
-    start = time.perf_counter()
-    model.prefill(text, caches[options.long])
-    wait(device)
-    reading = time.perf_counter() - start
+    caches, reading = {}, {}
+    for length in lengths:
+        caches[length] = model.new_cache()
+        start = time.perf_counter()
+        model.prefill(text[:, :length], caches[length])
+        wait(device)
+        reading[length] = time.perf_counter() - start
     rate_after = matmul_rate(device, dtype)
 
-    # In turn, character by character: both see the same weather. Both start on a chunk boundary.
-    times: dict[int, list[float]] = {length: [] for length in caches}
+    # In turn, character by character: all see the same weather. All start on a chunk boundary.
+    times: dict[int, list[float]] = {length: [] for length in lengths}
     for step in range(options.steps + 8):
         for length, cache in caches.items():
-            character = text[:, step % options.long]
+            character = text[:, step % longest]
             wait(device)
             start = time.perf_counter()
             model.step(character, cache)
@@ -107,39 +111,49 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if step >= 8:
                 times[length].append(time.perf_counter() - start)
     bandwidth_after = read_bandwidth(device)
-    short, long = (statistics.median(times[length]) for length in caches)
-    bytes_read = step_bytes(model, caches[options.long])
-    result = {
+    steps = {length: statistics.median(times[length]) for length in lengths}
+    bytes_read = step_bytes(model, caches[longest])
+    prefill_share = prefill_operations(model, longest) / reading[longest] / ((rate + rate_after) / 2)
+    step_share = bytes_read / steps[longest] / ((bandwidth + bandwidth_after) / 2)
+    rows: list[dict[str, Any]] = []
+    print(f"matrix product      {rate / 1e9:10,.1f} GFLOP/s, then {rate_after / 1e9:,.1f}")
+    print(f"memory read         {bandwidth / 1e9:10,.1f} GB/s, then {bandwidth_after / 1e9:,.1f}")
+    print(
+        f"{'characters':>10}{'read, a second':>16}{'step, ms':>12}{'written, a second':>20}{'state, MB':>12}"
+    )
+    for length, cache in caches.items():
+        read, written = length / reading[length], 1 / steps[length]
+        rows += [
+            {"what": "reading", "length": length, "chars_per_second": round(read)},
+            {
+                "what": "writing",
+                "length": length,
+                "chars_per_second": round(written, 1),
+                "bytes": cache.nbytes,
+            },
+        ]
+        print(
+            f"{length:>10,}{read:>16,.0f}{1e3 * steps[length]:>12.2f}{written:>20,.1f}"
+            f"{cache.nbytes / 1e6:>12,.1f}"
+        )
+    print(
+        f"at {longest:,}: reading is {prefill_share:.0%} of the matrix product, "
+        f"writing {step_share:.0%} of the bandwidth limit, "
+        f"a step takes {steps[longest] / steps[lengths[0]]:.3f} of one at {lengths[0]:,}"
+    )
+    return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "parameters": model.num_parameters(),
         "matmul_gflops": [round(rate / 1e9, 1), round(rate_after / 1e9, 1)],
         "read_gbps": [round(bandwidth / 1e9, 1), round(bandwidth_after / 1e9, 1)],
-        "prefill_chars": options.long,
-        "prefill_chars_per_second": round(options.long / reading),
-        "prefill_share_of_matmul": round(
-            prefill_operations(model, options.long) / reading / ((rate + rate_after) / 2), 3
-        ),
-        "step_ms": {str(options.short): round(short * 1e3, 2), str(options.long): round(long * 1e3, 2)},
-        "step_long_over_short": round(long / short, 4),
-        "steps_per_second": round(1 / long, 1),
+        "prefill_share_of_matmul": round(prefill_share, 3),
+        "step_share_of_bandwidth": round(step_share, 3),
         "step_bytes": bytes_read,
-        "step_share_of_bandwidth": round(bytes_read / long / ((bandwidth + bandwidth_after) / 2), 3),
-        "state_bytes": caches[options.long].nbytes,
+        "step_long_over_short": round(steps[longest] / steps[lengths[0]], 4),
+        "rows": rows,
     }
-    print(f"matrix product      {rate / 1e9:10,.1f} GFLOP/s, then {rate_after / 1e9:,.1f}")
-    print(f"memory read         {bandwidth / 1e9:10,.1f} GB/s, then {bandwidth_after / 1e9:,.1f}")
-    print(
-        f"prefill             {options.long / reading:10,.0f} characters/s"
-        f"   {result['prefill_share_of_matmul']:.0%} of the matrix product"
-    )
-    print(
-        f"step                {1 / long:10,.1f} characters/s"
-        f"   {result['step_share_of_bandwidth']:.0%} of the bandwidth limit"
-    )
-    print(f"step after {options.long:,} characters against {options.short:,}: {long / short:.3f}")
-    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

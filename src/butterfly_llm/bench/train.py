@@ -24,7 +24,7 @@ from butterfly_llm.optim import Optimizers
 
 def time_steps(
     preset: str, length: int, chars: int, backend: str, steps: int, compiled: bool
-) -> dict[str, object]:
+) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = Butterfly(ButterflyConfig.preset(preset)).to(device)
@@ -67,6 +67,7 @@ def time_steps(
     rate = chars * (6 * model.num_parameters() + attention) / total
     return {
         "preset": preset,
+        "what": f"training, {backend}",
         "length": length,
         "chars": chars,
         "backend": backend,
@@ -75,7 +76,7 @@ def time_steps(
         "chars_per_second": round(chars / total),
         "model_tflops": round(rate / 1e12, 1),
         "first_step_seconds": round(first, 1),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if device == "cuda" else None,
+        "bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
     }
 
 
@@ -119,9 +120,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             print(json.dumps(row), flush=True)
     print(f"{'backend':10}{'length':>10}{'chars/s':>12}{'TFLOP/s':>10}{'first step':>12}{'peak GB':>9}")
     for row in rows:
+        peak = row["bytes"]
         print(
             f"{row['backend']:10}{row['length']:>10}{row['chars_per_second']:>12,}{row['model_tflops']:>10}"
-            f"{row['first_step_seconds']:>11}s{row['peak_gb'] or '-':>9}"
+            f"{row['first_step_seconds']:>11}s{f'{peak / 1e9:.1f}' if peak else '-':>9}"
         )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"device": device, "torch": torch.__version__, "rows": rows}

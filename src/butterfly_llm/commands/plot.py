@@ -8,25 +8,64 @@ from typing import Literal
 
 import tyro
 
+from butterfly_llm.commands.common import Device, load_model, own_source
+
 
 @dataclass(frozen=True)
 class Plot:
-    """Draw a figure: the routing of the chunks, or the loss of a training run."""
+    """Draw a figure as PNG or SVG: of the routing, of a run, of measurements, of attention."""
 
-    figure: tyro.conf.Positional[Literal["routing", "loss"]]
-    """Which figure."""
+    figure: tyro.conf.Positional[Literal["routing", "reach", "loss", "context", "scaling", "attention"]]
+    """routing: who hears whom; reach: pairs connected by depth; loss: a training run; context: bits by
+    position; scaling: speed and memory by length; attention: where a layer looks."""
     out: Path
     """The file to write, .png or .svg."""
-    metrics: Path | None = None
-    """For loss: the metrics.jsonl of a run."""
+    sources: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """loss: the metrics.jsonl of a run; context: outputs of butterfly eval --json; scaling: outputs of
+    butterfly bench; attention: a text, or this package's source if none is given."""
+    layer: int = 24
+    """attention: which layer, counted from 0."""
+    head: int | None = None
+    """attention: which head, counted from 0. Default: the mean of all."""
+    max_chars: int = 2048
+    """attention: characters of the text that are read, the first ones; the last chunk of them is shown."""
+    model: Path | None = None
+    """attention: folder of a checkpoint. Default: the one that ships with the package."""
+    device: Device = "auto"
+    """attention: where to run; auto takes a GPU where there is one."""
 
     def run(self) -> None:
-        from butterfly_llm.plot import plot_loss, plot_routing
+        from butterfly_llm.plot import results, routing
 
         if self.figure == "routing":
-            plot_routing(self.out)
-        elif self.metrics is None:
-            raise ValueError("plot loss: which run? give --metrics RUN/metrics.jsonl")
+            routing.plot_routing(self.out)
+        elif self.figure == "reach":
+            routing.plot_reach(self.out)
+        elif self.figure == "attention":
+            self._attention()
+        elif not self.sources:
+            what = {
+                "loss": "which run? give its metrics.jsonl",
+                "context": "of what? give outputs of butterfly eval --json",
+                "scaling": "of what? give outputs of butterfly bench",
+            }
+            raise ValueError(f"plot {self.figure}: {what[self.figure]}")
+        elif self.figure == "context":
+            results.plot_context(self.sources, self.out)
+        elif self.figure == "scaling":
+            results.plot_scaling(self.sources, self.out)
+        elif len(self.sources) > 1:
+            raise ValueError("plot loss: one run at a time")
         else:
-            plot_loss(self.metrics, self.out)
+            results.plot_loss(self.sources[0], self.out)
         print(self.out)
+
+    def _attention(self) -> None:
+        from butterfly_llm.data import read_context
+        from butterfly_llm.plot.attention import plot_attention
+
+        if self.max_chars < 1:
+            raise ValueError(f"plot attention: --max-chars must be at least 1, not {self.max_chars}")
+        text = read_context(self.sources or own_source(), errors="replace").data[: self.max_chars]
+        model = load_model(self.model, self.device, "float32")
+        plot_attention(model, text, self.out, layer=self.layer, head=self.head)
