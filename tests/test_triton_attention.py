@@ -19,7 +19,7 @@ from torch import Tensor
 
 from butterfly_llm.ops import triton_attention
 from butterfly_llm.ops.reference import butterfly_attention_reference
-from butterfly_llm.ops.triton_attention import Tiles, butterfly_attention_triton
+from butterfly_llm.ops.triton_attention import ChunkTiles, Tiles, butterfly_attention_triton
 from butterfly_llm.routing import Topology
 from conftest import chunk_error
 
@@ -148,6 +148,41 @@ def test_unequal_tiles(
     for which in ("forward", "query_gradient", "key_gradient"):
         forced_tiles[which] = Tiles(block_m, block_n, 4, 1)
     check(Case(topology, 85, 32, 1), torch.float32)
+
+
+CHUNK_CASES = [
+    Case("shift", 17, 16, 1, heads=2, kv_heads=2, batch=2),
+    Case("shift", 63, 16, 2, heads=2, kv_heads=1),
+    Case("shift", 129, 32, 3),
+    Case("shift", 128, 32, 2, heads=2, kv_heads=2),
+    Case("shift", 65, 32, 1, theta=None),
+    Case("xor", 113, 32, 2),
+    Case("xor", 64, 32, 1, head_dim=64),
+    Case("xor_causal", 97, 32, 1),
+]
+CHUNK_NAMES = [f"{c.topology}-{c.length}-chunk{c.chunk_size}-stride{c.stride}" for c in CHUNK_CASES]
+
+
+@kernels
+@pytest.mark.parametrize("case", CHUNK_CASES, ids=CHUNK_NAMES)
+def test_whole_chunks_match_the_reference(
+    case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_attention, "WHOLE_CHUNKS", True)
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    check(case, dtype)
+
+
+@kernels
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("parts", [("fused",), ("all",), ("keys", "queries")], ids="-".join)
+def test_every_cut_of_a_chunk(
+    split: int, parts: tuple[str, ...], poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_attention, "WHOLE_CHUNKS", True)
+    monkeypatch.setattr(triton_attention, "CHUNK_FORWARD", ChunkTiles(split, 4))
+    monkeypatch.setattr(triton_attention, "CHUNK_BACKWARD", ChunkTiles(split, 4, 16, parts))
+    check(Case("shift", 85, 32, 1), torch.float16)
 
 
 @kernels

@@ -59,6 +59,22 @@ FORCED_TILES: dict[Pass, Tiles] = {}
 """Overrides the table below, for measurements."""
 
 
+@dataclass(frozen=True)
+class ChunkTiles:
+    """How a kernel that takes whole chunks cuts its work."""
+
+    split: int  # tiles of queries, and of keys, in a chunk
+    num_warps: int
+    read: int = 32  # backward: queries of the reader taken at a time
+    parts: tuple[str, ...] = ("fused",)  # backward: one launch each; or ("all",), or ("keys", "queries")
+
+
+WHOLE_CHUNKS = False
+"""True runs the kernels of `triton_chunk_kernels`, one program a chunk, where they fit. Not measured yet."""
+CHUNK_FORWARD = ChunkTiles(2, 4)
+CHUNK_BACKWARD = ChunkTiles(2, 4)
+
+
 def tiles(which: Pass, dtype: torch.dtype, chunk_size: int, shared_limit: int) -> Tiles:
     """Tile sizes of one kernel on a card with `shared_limit` bytes of shared memory per block.
 
@@ -88,6 +104,28 @@ def _shared_limit(device: torch.device) -> int:
         return 99 * 1024
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
+
+
+def _takes_chunks(x: Tensor) -> bool:
+    """Whether two programs that hold the keys and values of a pair fit on one multiprocessor."""
+    if not WHOLE_CHUNKS or _interpreted():
+        return WHOLE_CHUNKS
+    return x.element_size() == 2 and x.shape[3] <= 64 and _shared_limit(x.device) >= 160 * 1024
+
+
+@functools.lru_cache(maxsize=16)
+def _chunk_rope(
+    chunk_size: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """cos and sin (2, chunk_size + 1, D / 2) of the positions 0..chunk_size.
+
+    For 16-bit inputs float16: its rounding, 2**-12, is below theirs.
+    """
+    kept = torch.float32 if dtype == torch.float32 else torch.float16
+    with torch.inference_mode(False):
+        positions = torch.arange(chunk_size + 1, device=device)
+        cos, sin = rope_table(positions, head_dim, theta, torch.float32)
+        return torch.stack([cos[:, 0, head_dim // 2 :], sin[:, 0, head_dim // 2 :]]).to(kept).contiguous()
 
 
 @functools.lru_cache(maxsize=16)
@@ -157,6 +195,50 @@ def _launch(
         )
 
 
+def _launch_chunks(
+    kernel: Any,
+    cut: ChunkTiles,
+    tensors: list[Tensor],
+    strided: list[Tensor],
+    shape: tuple[int, int, int, int, int],
+    *,
+    stride: int,
+    topology: str,
+    chunk_size: int,
+    rope_theta: float | None,
+    **constants: Any,
+) -> None:
+    """Run one kernel over every (chunk, head, batch)."""
+    batch, length, num_heads, num_kv_heads, head_dim = shape
+    device = tensors[0].device
+    num_chunks = -(-length // chunk_size)
+    step = stride if stride < num_chunks else 1
+    turns = -(-num_chunks // step)
+    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
+        kernel[(batch * turns * step * num_heads,)](
+            *tensors,
+            _chunk_rope(chunk_size, head_dim, rope_theta, tensors[0].dtype, device),
+            *(x.stride(axis) for x in strided for axis in range(3)),
+            length,
+            num_chunks,
+            min(stride, _NO_STRIDE),
+            turns,
+            step,
+            HEADS=num_heads,
+            GROUP=num_heads // num_kv_heads,
+            D=head_dim,
+            CHUNK=chunk_size,
+            SPLIT=min(cut.split, chunk_size // 16),
+            SCALE=head_dim**-0.5 * math.log2(math.e),
+            TOPOLOGY=topology,
+            ROTATE=rope_theta is not None,
+            WHOLE=length % chunk_size == 0,
+            **constants,
+            num_warps=cut.num_warps,
+            num_stages=1,
+        )
+
+
 @torch.library.custom_op("butterfly::attention_fwd", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, stride: int, topology: str, chunk_size: int, rope_theta: float | None
@@ -166,10 +248,17 @@ def _forward(
     batch, length, num_heads, head_dim = q.shape
     o = q.new_empty((batch, length, num_heads, head_dim))
     lse = q.new_empty((batch, num_heads, length), dtype=torch.float32)
-    _launch(
-        "forward", [q, k, v, o, lse], [q, k, v], (batch, length, num_heads, k.shape[2], head_dim),
-        stride=stride, topology=topology, chunk_size=chunk_size, rope_theta=rope_theta,
-    )  # fmt: skip
+    shape = (batch, length, num_heads, k.shape[2], head_dim)
+    options: dict[str, Any] = {
+        "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
+    }  # fmt: skip
+    if _takes_chunks(q):
+        from butterfly_llm.ops import triton_chunk_kernels
+
+        kernel = triton_chunk_kernels.chunk_forward_kernel
+        _launch_chunks(kernel, CHUNK_FORWARD, [q, k, v, o, lse], [q, k, v], shape, **options)
+    else:
+        _launch("forward", [q, k, v, o, lse], [q, k, v], shape, **options)
     return o, lse
 
 
@@ -202,11 +291,20 @@ def _backward(
     num_kv_heads = k.shape[2]
     dq = q.new_empty((batch, length, num_heads, head_dim))
     dk, dv = (q.new_empty((batch, length, num_kv_heads, head_dim)) for _ in range(2))
-    delta = torch.empty_like(lse)
     shape = (batch, length, num_heads, num_kv_heads, head_dim)
     options: dict[str, Any] = {
         "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
     }  # fmt: skip
+    if _takes_chunks(q) and num_heads == num_kv_heads:
+        from butterfly_llm.ops import triton_chunk_kernels
+
+        kernel = triton_chunk_kernels.chunk_backward_kernel
+        tensors, cut = [q, k, v, o, grad, lse, dq, dk, dv], CHUNK_BACKWARD
+        for part in cut.parts:
+            constants: dict[str, Any] = {"PART": part, "READ": min(cut.read, chunk_size)}
+            _launch_chunks(kernel, cut, tensors, [q, k, v, grad], shape, **options, **constants)
+        return dq, dk, dv
+    delta = torch.empty_like(lse)
     _launch("query_gradient", [q, k, v, o, grad, lse, delta, dq], [q, k, v, grad], shape, **options)
     _launch("key_gradient", [q, k, v, grad, lse, delta, dk, dv], [q, k, v, grad], shape, **options)
     return dq, dk, dv
