@@ -13,7 +13,7 @@ MAX_LINES = 600
 # A module imports strictly lower ranks only; a folder is one room, whose modules may import each other.
 RANKS = {
     "config": 0, "text": 0, "memory": 0, "archives": 0, "licenses": 0, "signals": 0, "terminal": 0,
-    "guard": 0, "protocol": 0, "folder": 0,
+    "guard": 0, "protocol": 0, "folder": 0, "tracking": 0,
     "routing": 1, "data": 1,
     "ops": 2, "cache": 2,
     "model": 3,

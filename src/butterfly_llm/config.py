@@ -291,6 +291,8 @@ class TrainConfig:
     export: str = ""
     """Folder for the model in 8 bits, renewed with every checkpoint: small enough to be copied off a machine
     that may vanish. Empty for none."""
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where the figures go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
         for name, lowest in _TRAIN_WHOLE.items():
@@ -313,6 +315,8 @@ class TrainConfig:
             raise ValueError(f"train: decay must be cosine or linear, not {self.decay!r}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"train: precision must be auto, float32 or bfloat16, not {self.precision!r}")
+        if self.track not in ("none", "tensorboard", "trackio", "wandb"):
+            raise ValueError(f"train: track must be none, tensorboard, trackio or wandb, not {self.track!r}")
         if self.max_seconds is not None and self.max_seconds <= self.finish_seconds:
             raise ValueError(
                 f"train: max_seconds {self.max_seconds:g} is not above finish_seconds {self.finish_seconds:g}"

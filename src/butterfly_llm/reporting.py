@@ -10,15 +10,21 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from butterfly_llm.tracking import Tracker
+
 
 class Reporter:
     """Writes metrics and shows progress: one live line on a terminal, elsewhere a line each time."""
 
-    def __init__(self, path: Path, *, resumed_at: int, finished: bool) -> None:
+    def __init__(
+        self, path: Path, *, resumed_at: int, finished: bool, tracker: Tracker | None = None
+    ) -> None:
         """`path`: the JSONL file; its lines that are now made again are dropped.
 
         Those are the lines of steps after `resumed_at`, the end, and of a finished run its last validation.
+        tracker: gets the figures of the records too.
         """
+        self._tracker = tracker
         _keep_until(path, resumed_at, finished)
         self._file = path.open("a", encoding="utf-8")
         self._begun: tuple[float, float] | None = None  # time and progress when the first figures came
@@ -27,9 +33,13 @@ class Reporter:
             self._live = _live_line()
 
     def record(self, kind: str, **values: Any) -> None:
-        """Append one line to the metrics."""
+        """Append one line to the metrics; numbers go to the tracker as well."""
         self._file.write(json.dumps({"kind": kind, **values}) + "\n")
         self._file.flush()
+        numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
+        step = numbers.pop(f"{kind}/step", None)
+        if self._tracker is not None and step is not None and numbers:
+            self._tracker.log(numbers, int(step))
 
     def show(self, progress: float, text: str) -> None:
         """Progress, 0 to 1, and the figures of the moment."""
@@ -53,6 +63,8 @@ class Reporter:
 
     def close(self) -> None:
         self._file.close()
+        if self._tracker is not None:
+            self._tracker.close()
         if self._live is not None:
             self._live.stop()
 

@@ -45,6 +45,7 @@ from butterfly_llm.recall import curriculum
 from butterfly_llm.reporting import Reporter, plain_warnings
 from butterfly_llm.signals import StopSignals
 from butterfly_llm.text import encode
+from butterfly_llm.tracking import tracker
 
 Windows = npt.NDArray[np.uint8]
 Transform = Callable[[Windows, int, int, float], tuple[Windows, npt.NDArray[np.float32] | None]]
@@ -56,7 +57,7 @@ _CHANGEABLE = frozenset((
     "steps", "max_seconds", "finish_seconds", "corpus", "out", "resume", "device", "log_every", "val_every",
     "val_length", "val_chars", "sample_every", "sample_chars", "sample_prompt", "checkpoint_every",
     "checkpoint_minutes", "keep", "spike_bits", "max_bad_steps", "export", "micro_chars", "compile",
-    "gradient_checkpointing", "deterministic",
+    "gradient_checkpointing", "deterministic", "track",
 ))  # fmt: skip
 _LESS_MEMORY = "lower micro_chars, switch gradient_checkpointing on, or use a smaller model"
 _USUAL_SHARE = 0.05  # of a step's loss in the running mean that a spike is measured against
@@ -142,6 +143,7 @@ class _Run:
         if not model_config.causal:
             raise ValueError(f"train: routing {model_config.routing!r} is not causal: nothing to predict")
         longest = max(length for _, length in config.lengths)
+        open_tracker = tracker(config.track)
         check_length(corpus, longest)
         check_length(val_corpus, config.val_length or longest)
         self.config, self.corpus, self.val_corpus, self.transform = config, corpus, val_corpus, transform
@@ -179,7 +181,12 @@ class _Run:
         self.begun = self.saved_at = self.logged_at = time.monotonic()
         self.logged_chars = self.chars
         self.saved_step = self.step
-        self.reporter = Reporter(out / "metrics.jsonl", resumed_at=self.step, finished=self.progress() >= 1)
+        self.reporter = Reporter(
+            out / "metrics.jsonl",
+            resumed_at=self.step,
+            finished=self.progress() >= 1,
+            tracker=None if open_tracker is None else open_tracker(out, config.to_dict()),
+        )
         parameters = f"{self.model.num_parameters():,} parameters on {self.device}"
         at = f", resumed at step {self.step}" if state else ""
         self.reporter.say(f"{parameters}, {len(corpus):,} characters{at}")
