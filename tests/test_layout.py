@@ -36,7 +36,14 @@ OPTIONAL = (
     "PIL",
 )
 # Written in terms of an optional package: imported by those who have it.
-EXTRAS = ("ops/triton_kernels.py", "hf.py", "serve.py", "guard.py", "protocol.py")
+EXTRAS = (
+    "ops/triton_kernels.py",
+    "ops/triton_chunk_kernels.py",
+    "hf.py",
+    "serve.py",
+    "guard.py",
+    "protocol.py",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
