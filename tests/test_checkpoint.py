@@ -223,7 +223,7 @@ def test_int8_codes_without_scales_are_refused(tmp_path: Path) -> None:
     edit_json(
         tmp_path / "m", "model.safetensors.index.json", lambda i: i["weight_map"].pop("head.weight.scale")
     )
-    with pytest.raises(ValueError, match=r"head\.weight lacks its int8 codes or its scales"):
+    with pytest.raises(ValueError, match=r"head\.weight' lacks its int8 codes or its scales"):
         load_pretrained(tmp_path / "m")
 
 

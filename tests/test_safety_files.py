@@ -313,3 +313,12 @@ def test_evaluation_says_what_it_replaced_and_left_out(tmp_path: Path) -> None:
         f"2 characters replaced by '?', skipped 1 binary (first: {tmp_path / 'd' / 'b.png'})"
     )
     assert load_documents([text(tmp_path / "c.txt")])[0].losses == ""
+
+
+def test_names_of_files_cannot_command_a_terminal(tmp_path: Path) -> None:
+    text(tmp_path / "d" / "a\n\x1b[2Jb.png", b"\x89PNG\0")
+    with pytest.raises(ValueError, match=r"1 binary \(first: .*/a\?\?\[2Jb\.png\)$"):
+        read_context([tmp_path / "d"])
+    text(tmp_path / "e" / "a\n\x1b.txt", "\u20ac")
+    with pytest.raises(ValueError, match=r"a\?\?\.txt: line 1, column 1"):
+        read_context([tmp_path / "e"])

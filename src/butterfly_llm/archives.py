@@ -148,7 +148,7 @@ def _clean(name: str) -> str:
 
 
 def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member | None:
-    if info.is_dir():
+    if not info.filename or info.is_dir():
         return None
     mode = info.external_attr >> 16
     skip = "symbolic link" if stat.S_ISLNK(mode) else "encrypted" if info.flag_bits & 1 else ""

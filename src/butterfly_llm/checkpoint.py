@@ -100,7 +100,9 @@ def copy_weights(model: Butterfly, tensors: Iterable[tuple[str, Tensor]], *, sou
     parameters = dict(model.named_parameters())
     for name, tensor in tensors:
         if name not in parameters:
-            raise ValueError(f"{source}: tensor {name} belongs to no parameter of the model in config.json")
+            raise ValueError(
+                f"{source}: tensor {name!r:.80} belongs to no parameter of the model in config.json"
+            )
         found, expected = tuple(tensor.shape), tuple(parameters[name].shape)
         if found != expected:
             raise ValueError(f"{source}: config.json makes {name} {expected}, but the weights are {found}")
@@ -285,9 +287,9 @@ class _ModelFolder(Folder):
             codes, scale = (other, tensor) if name.endswith(_SCALE) else (tensor, other)
             if codes.dtype != torch.int8 or codes.ndim != 2 or scale.shape != codes.shape[:1]:
                 raise ValueError(
-                    f"{self.path}: {base} is {codes.dtype} {tuple(codes.shape)} with scales "
+                    f"{self.path}: {base!r:.80} is {codes.dtype} {tuple(codes.shape)} with scales "
                     f"{tuple(scale.shape)}: no int8 matrix"
                 )
             yield base, dequantise(codes, scale)
         if waiting:
-            raise ValueError(f"{self.path}: {min(waiting)} lacks its int8 codes or its scales")
+            raise ValueError(f"{self.path}: {min(waiting)!r:.80} lacks its int8 codes or its scales")

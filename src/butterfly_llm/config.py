@@ -192,6 +192,10 @@ class SamplingConfig:
                 f"sampling: repetition_window must be at most {MAX_REPETITION_WINDOW}, "
                 f"not {self.repetition_window}"
             )
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"sampling: {name} must be a number, not {value!r}")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"sampling: temperature must be 0 or above, not {self.temperature!r}")
         if not 0 < self.top_p <= 1:

@@ -164,8 +164,12 @@ def file_header(path: str) -> bytes:
 
     Characters of the path outside Latin-1, and control characters, become `?`.
     """
-    printable = "".join(char if char.isprintable() else "?" for char in path)
-    return f"==> {printable} <==\n".encode("latin-1", errors="replace")
+    return f"==> {_printable(path)} <==\n".encode("latin-1", errors="replace")
+
+
+def _printable(path: str) -> str:
+    """Names of files may hold line breaks and what commands a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in path)
 
 
 def project_name(path: Path) -> str:
@@ -189,7 +193,8 @@ def _pieces(
 ) -> Iterator[_Piece]:
     """Accepted files under `path` in corpus order; `claims` collects (path, licence) as they are seen."""
     for member in members(path, exclude_dirs=rules.exclude_dirs, avoid=avoid):
-        source = str(path / member.path) if path.is_dir() or archive_suffix(path) else str(path)
+        inside = path.is_dir() or archive_suffix(path)
+        source = _printable(str(path / member.path if inside else path))
         reason = rules.reason_by_name(member)
         states_license = may_state_license(member.path) and not member.skip and member.size <= rules.max_bytes
         if reason and not states_license:
@@ -524,10 +529,11 @@ class Corpus:
             for document in documents:
                 _check_document(document, expected if document.split == self.split else sys.maxsize)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as failure:
-            raise ValueError(f"{path}: missing or damaged ({failure}); prepare the corpus again") from None
+            said = " ".join(str(failure).split())
+            raise ValueError(f"{path}: missing or damaged ({said:.200}); prepare the corpus again") from None
         if version != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: corpus format {version}, not {FORMAT_VERSION}; prepare the corpus again"
+                f"{path}: corpus format {version!r:.40}, not {FORMAT_VERSION}; prepare the corpus again"
             )
         self.documents = tuple(document for document in documents if document.split == self.split)
         return expected

@@ -238,10 +238,11 @@ class Folder:
             try:
                 tensors = safetensors.torch.load(self.read(file))
             except SafetensorError as failure:
-                raise ValueError(f"{self.path}: {file} is not safetensors ({failure})") from None
+                said = " ".join(str(failure).split())
+                raise ValueError(f"{self.path}: {file} is not safetensors ({said:.200})") from None
             if different := sorted(names ^ tensors.keys()):
                 where = "index" if different[0] in names else "file"
-                raise ValueError(f"{self.path}: {different[0]} of {file} is in the {where} only")
+                raise ValueError(f"{self.path}: {different[0]!r:.80} of {file} is in the {where} only")
             yield from tensors.items()
 
     def _parse(self, name: str, data: bytes) -> dict[str, Any]:

@@ -11,6 +11,7 @@ MANIFEST.json                     size and sha256 of every other file
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def load_state(path: str | Path, model: Butterfly) -> Cache:
         there, here = header["config"].get(key), config.get(key)
         if there != here:
             raise ValueError(
-                f"{path}: the state of a model with {key} = {there!r}, this one has {here!r}; {_OTHER_MODEL}"
+                f"{path}: the state of a model with {key if key in config else repr(key)} = {there!r:.80}, "
+                f"this one has {here!r}; {_OTHER_MODEL}"
             )
     digest = fingerprint(model)
     if header["model_sha256"] != digest:
@@ -89,7 +91,7 @@ def load_state(path: str | Path, model: Butterfly) -> Cache:
             cache.logits = tensor.to(cache.keys[0].device)
             expected[name] = cache.logits.new_empty(cache.batch_size, model.config.vocab_size)
         if name not in expected:
-            raise ValueError(f"{path}: tensor {name} belongs to no ring of the model")
+            raise ValueError(f"{path}: tensor {name!r:.80} belongs to no ring of the model")
         target = expected.pop(name)
         if (tensor.shape, tensor.dtype) != (target.shape, target.dtype):
             raise ValueError(
@@ -128,6 +130,8 @@ def _header(folder: Folder) -> dict[str, Any]:
             f"{folder.path}: state.json: position {header['position']} and {header['streams']} streams "
             "cannot be"
         )
+    if not re.fullmatch("[0-9a-f]{64}", header["model_sha256"]):
+        raise ValueError(f"{folder.path}: state.json: the field 'model_sha256' is no sha256")
     if header["dtype"] not in _DTYPES:
         raise ValueError(
             f"{folder.path}: state.json: dtype {header['dtype']!r} is not {' or '.join(_DTYPES)}"
