@@ -170,6 +170,21 @@ def test_read_once_and_ask_many_times(run, model, checkpoint, source, tmp_path):
     assert ask()[1] == "".join(generate_text(model, document + document, max_chars=20))
 
 
+def test_generate_several_samples_of_one_context(run, model, checkpoint):
+    code, out, err = run(
+        "generate", "--context", "--prompt", "def main(", "--max-chars", 12, "--num-samples", 3, "--seed", 5,
+        "--model", checkpoint,
+    )  # fmt: skip
+    texts = [
+        "".join(generate_text(model, b"def main(", sampling=SamplingConfig(seed=5 + i), max_chars=12))
+        for i in range(3)
+    ]
+    assert len(set(texts)) == 3
+    expected = "".join(f"==> sample {i} of 3 <==\n{text}\n" for i, text in enumerate(texts, 1))
+    assert (code, out) == (0, expected)
+    assert "wrote 36 at" in err and re.search(r"state [\d.]+ KB shared, [\d.]+ KB beside it", err)
+
+
 def test_generate_in_utf8(run, checkpoint):
     code, _, err = run(
         "generate",
@@ -362,6 +377,7 @@ def test_version_and_module_entry_point():
         ("read EMPTY --save STATE", "no text in EMPTY"),
         ("read README --save DAMAGED --model MODEL", "DAMAGED: holds something else than a saved state"),
         ("read README --save STATE --state nosuch --model MODEL", "nosuch: no such saved state"),
+        ("generate --prompt x --num-samples 0", "--num-samples must be at least 1, not 0"),
         ("generate --state EMPTYDIR --model MODEL", "EMPTYDIR: no saved state"),
         ("eval --model MODEL", "no text"),
         ("eval --model MODEL nosuch.txt", "nosuch.txt: No such file or directory"),

@@ -2,13 +2,14 @@
 
 The size is fixed by the schedule, not by how much has been read. Pages of the rings are committed by the
 operating system when they are first written, so memory grows until the rings are full and then stays.
+A state can be forked: several streams then go on from one past, and keep of their own what they add.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy.typing as npt
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from butterfly_llm import memory
 from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.rings import ForkedRing, QuantisedRing, Ring
 from butterfly_llm.routing import LayerRoute, schedule
 
+Layers = list[tuple[Ring, Ring, Ring | None]]
 Arrays = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]
 
 
@@ -28,19 +31,23 @@ def routes_of(config: ButterflyConfig) -> tuple[LayerRoute, ...]:
 
 
 def cache_nbytes(config: ButterflyConfig, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of a full cache."""
-    values = 0
+    """Bytes of a full cache; with torch.int8 without the two chunks a layer that are not quantised."""
+    rows, values = 0, 0
     for route in routes_of(config):
-        row = 2 * config.num_kv_heads * config.head_dim
-        if route.stage == "butterfly":
-            row += config.carry_size
-        values += (route.stride + 1) * config.chunk_size * row
-    return batch_size * values * dtype.itemsize
+        carried = route.stage == "butterfly" and config.carry_size > 0
+        chars = (route.stride + 1) * config.chunk_size
+        rows += chars * (2 * config.num_kv_heads + carried)
+        values += chars * (2 * config.num_kv_heads * config.head_dim + carried * config.carry_size)
+    scales = 4 * rows if dtype == torch.int8 else 0
+    return batch_size * (values * dtype.itemsize + scales)
 
 
 @dataclass
 class Cache:
-    """B streams at one common position. S = stride + 1 slots, chunk c in slot c mod S."""
+    """B streams at one common position. S = stride + 1 slots, chunk c in slot c mod S.
+
+    In a forked state and in one of 8 bits, keys, values and carries are windows of S = 2 slots on `paged`.
+    """
 
     config: ButterflyConfig
     position: int  # characters read so far
@@ -49,12 +56,21 @@ class Cache:
     carries: list[Tensor | None]  # per layer (B, S, L, M) for butterfly layers with a carry, before the merge
     logits: Tensor | None = None  # (B, 256) float32 for the next character, once something is read
     recent: bytes = b""  # the last characters of a single stream, as far as `generate` has read them
+    paged: Layers | None = None
+    forked: bool = False  # others go on from here, so nothing may be written any more
+    _borrows: bool = field(default=False, repr=False, compare=False)  # windows of other forks too
     _arrays: list[Arrays] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def new(
-        cls, config: ButterflyConfig, batch_size: int, dtype: torch.dtype, device: torch.device | str
+        cls,
+        config: ButterflyConfig,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        window_dtype: torch.dtype = torch.float32,
     ) -> Cache:
+        """An empty state. dtype torch.int8: finished chunks in 8 bits, the others in `window_dtype`."""
         if not config.causal:
             raise ValueError("a bidirectional model (routing xor) cannot stream: use forward")
         if batch_size < 1:
@@ -63,18 +79,110 @@ class Cache:
             cache_nbytes(config, batch_size, dtype),
             str(device),
             f"the state of {batch_size} stream(s)",
-            "use fewer streams, fewer key-value heads, fewer levels or bfloat16 rings",
+            "use fewer streams, fewer key-value heads, fewer levels, or rings in bfloat16 or int8",
         )
-        keys, values, carries = [], [], []
+        layers: Layers = []
         for route in routes_of(config):
-            slots = route.stride + 1
-            shape = (batch_size, config.num_kv_heads, slots, config.chunk_size, config.head_dim)
-            keys.append(torch.zeros(shape, dtype=dtype, device=device))
-            values.append(torch.zeros(shape, dtype=dtype, device=device))
+
+            def ring(*shape: int, stride: int = route.stride) -> Ring:
+                """A ring of chunks (..., L, X)."""
+                slots = 2 if dtype == torch.int8 else stride + 1
+                kind = window_dtype if dtype == torch.int8 else dtype
+                window = torch.zeros(*shape[:-2], slots, *shape[-2:], dtype=kind, device=device)
+                return QuantisedRing(window, stride) if dtype == torch.int8 else Ring(window)
+
+            shape = (batch_size, config.num_kv_heads, config.chunk_size, config.head_dim)
             carried = route.stage == "butterfly" and config.carry_size > 0
-            carry_shape = (batch_size, slots, config.chunk_size, config.carry_size)
-            carries.append(torch.zeros(carry_shape, dtype=dtype, device=device) if carried else None)
-        return cls(config, 0, keys, values, carries)
+            carry = ring(batch_size, config.chunk_size, config.carry_size) if carried else None
+            layers.append((ring(*shape), ring(*shape), carry))
+        return cls._of(config, 0, layers, paged=dtype == torch.int8)
+
+    @classmethod
+    def _of(cls, config: ButterflyConfig, position: int, layers: Layers, *, paged: bool) -> Cache:
+        cache = cls(config, position, [], [], [], paged=layers if paged else None)
+        cache._show(layers)
+        return cache
+
+    def _show(self, layers: Layers) -> None:
+        """Take the windows of `layers` for keys, values and carries."""
+        self.keys = [keys.window for keys, _, _ in layers]
+        self.values = [values.window for _, values, _ in layers]
+        self.carries = [None if carry is None else carry.window for *_, carry in layers]
+        self._arrays = None
+
+    def rings(self) -> Layers:
+        """Per layer the rings of keys, values and carry."""
+        if self.paged is not None:
+            return self.paged
+        return [
+            (Ring(keys), Ring(values), None if carry is None else Ring(carry))
+            for keys, values, carry in self.windows()
+        ]
+
+    def windows(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Per layer what a step reads and writes: keys, values and carry."""
+        return list(zip(self.keys, self.values, self.carries, strict=True))
+
+    def begin(self) -> None:
+        """Make ready to append at `position`; to be called before every read and step.
+
+        ValueError where other streams go on from this state.
+        """
+        if self.forked:
+            raise ValueError("this state was forked and cannot go on itself: continue one of its forks")
+        if self.paged is None:
+            return
+        if self._borrows:
+            for ring in self._all_rings():
+                ring.window = ring.window.clone()
+            self._borrows = False
+            self._show(self.paged)
+        chunk, offset = divmod(self.position, self.config.chunk_size)
+        if offset == 0:
+            for ring in self._all_rings():
+                ring.begin(chunk)
+
+    def fork(self, count: int) -> list[Cache]:
+        """`count` streams that go on from here, each for itself; this one cannot go on any more.
+
+        They share what was read so far and keep of their own the chunks they add: a fork costs nothing until
+        it first goes on, then two chunks a layer, and one more for each chunk finished (in the type of the
+        windows, also where the past is in 8 bits).
+        """
+        if count < 1:
+            raise ValueError(f"fork: count must be at least 1, not {count}")
+        self.forked = True
+        chunk, offset = divmod(self.position, self.config.chunk_size)
+
+        def window(ring: Ring, stride: int) -> Tensor:
+            *lead, _, rows, width = ring.window.shape
+            two = ring.window.new_zeros(*lead, 2, rows, width)
+            if offset:
+                two[..., chunk % 2, :, :] = ring.read([chunk])[..., 0, :, :]
+                if chunk >= stride:
+                    two[..., (chunk + 1) % 2, :, :] = ring.read([chunk - stride])[..., 0, :, :]
+            return two
+
+        bases = [
+            (ring, route.stride)
+            for layer, route in zip(self.rings(), routes_of(self.config), strict=True)
+            for ring in layer
+        ]
+        windows = [None if ring is None else window(ring, stride) for ring, stride in bases]
+        forks = []
+        for _ in range(count):
+            rings = [
+                None if ring is None or two is None else ForkedRing(ring, two, stride, chunk)
+                for (ring, stride), two in zip(bases, windows, strict=True)
+            ]
+            layers = cast(Layers, list(zip(rings[::3], rings[1::3], rings[2::3], strict=True)))
+            fork = Cache._of(self.config, self.position, layers, paged=True)
+            fork.logits, fork.recent, fork._borrows = self.logits, self.recent, True
+            forks.append(fork)
+        return forks
+
+    def _all_rings(self) -> list[Ring]:
+        return [ring for layer in self.rings() for ring in layer if ring is not None]
 
     def arrays(self) -> list[Arrays]:
         """Per layer keys, values (K, S, L, D) and carry (S, L, M) of one CPU stream, sharing memory."""
@@ -88,16 +196,29 @@ class Cache:
     def filled(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of the state: of each ring a view of the slots written to, and the logits."""
         chunks = -(-self.position // self.config.chunk_size)
-        for name, rings, axis in (
-            ("keys", self.keys, 2),
-            ("values", self.values, 2),
-            ("carries", self.carries, 1),
-        ):
-            for layer, ring in enumerate(rings):
+        if self.paged is not None and isinstance(self.paged[0][0], ForkedRing):
+            yield from self.gathered().filled()
+            return
+        for index, layer in enumerate(self.rings()):
+            for name, ring in zip(("keys", "values", "carries"), layer, strict=True):
                 if ring is not None and chunks:
-                    yield f"{name}.{layer}", ring.narrow(axis, 0, min(chunks, ring.shape[axis]))
+                    for part, tensor in ring.parts().items():
+                        filled = min(chunks, tensor.shape[-3])
+                        yield f"{name}.{index}{part}", tensor.narrow(-3, 0, filled)
         if self.logits is not None:
             yield "logits", self.logits
+
+    def gathered(self) -> Cache:
+        """A copy whose rings are whole and its own, in the type of the windows."""
+        dtype, device = self.keys[0].dtype, self.keys[0].device
+        cache = Cache.new(self.config, self.batch_size, dtype, device)
+        stop = -(-self.position // self.config.chunk_size)
+        for whole, own in zip(cache._all_rings(), self._all_rings(), strict=True):
+            start = max(0, stop - whole.window.shape[-3])
+            if start < stop:
+                whole.write(start, own.read(range(start, stop)))
+        cache.position, cache.logits, cache.recent = self.position, self.logits, self.recent
+        return cache
 
     def tensors(self) -> list[Tensor]:
         return [*self.keys, *self.values, *(carry for carry in self.carries if carry is not None)]
@@ -108,17 +229,33 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rings when full."""
-        return sum(x.nbytes for x in self.tensors())
+        """Bytes of the rings when full; of a fork, without the past that it shares."""
+        return sum(ring.nbytes for ring in self._all_rings())
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes that this stream holds by now, without what it shares with other forks."""
+        windows = 0 if self._borrows else sum(x.nbytes for x in self.tensors())
+        return windows + sum(ring.held_nbytes for ring in self._all_rings())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the finished chunks."""
+        ring = self.rings()[0][0]
+        return torch.int8 if isinstance(ring, QuantisedRing) else ring.window.dtype
+
+    def seek(self, position: int) -> None:
+        """Stand at `position`, as a state does whose tensors are then filled in."""
+        self.position = position
+        for ring in self._all_rings():
+            ring.seek(position, self.config.chunk_size)
 
     def clone(self) -> Cache:
         """An independent copy: the two streams may continue differently."""
-        return Cache(
-            self.config,
-            self.position,
-            [x.clone() for x in self.keys],
-            [x.clone() for x in self.values],
-            [None if x is None else x.clone() for x in self.carries],
-            self.logits,
-            self.recent,
-        )
+        layers = [
+            (keys.clone(), values.clone(), None if carry is None else carry.clone())
+            for keys, values, carry in self.rings()
+        ]
+        cache = Cache._of(self.config, self.position, layers, paged=self.paged is not None)
+        cache.logits, cache.recent = self.logits, self.recent
+        return cache

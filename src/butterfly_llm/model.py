@@ -7,7 +7,7 @@ Shapes: B batch, N characters, d hidden size, H heads, K key-value heads, D head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -132,17 +132,17 @@ class Layer(nn.Module):
         x: Tensor,
         memory: Tensor | None,
         stride: int,
-        ring: tuple[Tensor, Tensor],
+        rings: tuple[Any, Any],
         position: int,
         attend: Callable[..., Tensor],
     ) -> Tensor:
         """`forward` for the characters `position`.. of a stream: x (B, T, d), or (B, d) for a single one.
 
-        attend: `prefill_attention` or `step_attention`.
+        attend: `prefill_attention` with rings, or `step_attention` with their windows.
         """
         y = attend(
             *self._project(x, memory),
-            ring,
+            rings,
             position=position,
             stride=stride,
             topology=self.config.routing,
@@ -311,9 +311,13 @@ class Butterfly(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Cache:
-        """An empty stream state; ValueError with the estimate when memory cannot hold it."""
+        """An empty stream state; ValueError with the estimate when memory cannot hold it.
+
+        dtype: of the rings, None for the compute dtype. torch.int8 keeps finished chunks in 8 bits with a
+        scale for each row.
+        """
         device = self.embed.weight.device if device is None else device
-        return Cache.new(self.config, batch_size, dtype or self.compute_dtype, device)
+        return Cache.new(self.config, batch_size, dtype or self.compute_dtype, device, self.compute_dtype)
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, cache: Cache, *, progress: Callable[[int], None] | None = None) -> Tensor:
@@ -344,23 +348,27 @@ class Butterfly(nn.Module):
 
     def _prefill_slice(self, ids: Tensor, cache: Cache) -> Tensor:
         """Append ids (B, T) at once -> hidden states (B, T, d), before the last norm."""
-        x = self._stream(ids, cache, prefill_attention, partner_rows_prefill)
+        cache.begin()
+        x = self._stream(ids, cache.position, cache.rings(), prefill_attention, partner_rows_prefill)
         cache.position += ids.shape[1]
         return x
 
     def _stream(
-        self, ids: Tensor, cache: Cache, attend: Callable[..., Tensor], partner_of: Callable[..., Tensor]
+        self,
+        ids: Tensor,
+        position: int,
+        rings: Sequence[tuple[Any, Any, Any]],
+        attend: Callable[..., Tensor],
+        partner_of: Callable[..., Tensor],
     ) -> Tensor:
         """Characters ids (B, T) or (B,) of a stream through all layers -> (B, T, d) or (B, d)."""
-        position = cache.position
 
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
-            ring = (cache.keys[index], cache.values[index])
             layer = cast(Layer, self.layers[index])
-            return layer.stream(x, memory, self.routes[index].stride, ring, position, attend)
+            return layer.stream(x, memory, self.routes[index].stride, rings[index][:2], position, attend)
 
         def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
-            ring = cache.carries[index]
+            ring = rings[index][2]
             stride, topology = self.routes[index].stride, self.config.routing
             partner = partner_of(scan, ring, position=position, stride=stride, topology=topology)
             return cast(Tensor, self.merges[merge_index](scan, partner))
@@ -377,7 +385,8 @@ class Butterfly(nn.Module):
             raise ValueError(f"ids {tuple(ids.shape)} must be ({cache.batch_size},) for this cache")
         if len(ids) == 1 and self._on_cpu_in_float32(cache):
             return self._numpy_step(int(ids), cache)
-        x = self._stream(ids, cache, step_attention, partner_row_step)
+        cache.begin()
+        x = self._stream(ids, cache.position, cache.windows(), step_attention, partner_row_step)
         cache.position += 1
         cache.logits = cast(Tensor, self.head(self.norm(x)).float())
         return cache.logits
@@ -389,6 +398,7 @@ class Butterfly(nn.Module):
 
     def _numpy_step(self, character: int, cache: Cache) -> Tensor:
         """`step` for one stream on the CPU."""
+        cache.begin()
         logits = numpy_step.step(character, cache.position, self._numpy_weights(), cache.arrays())
         cache.position += 1
         cache.logits = torch.from_numpy(logits)[None]

@@ -23,7 +23,7 @@ from butterfly_llm.folder import FORMAT_VERSION, STATE, Folder, json_bytes, shar
 from butterfly_llm.model import Butterfly
 
 _SHARD_BYTES = 64 * 2**20
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16)}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.int8)}
 _FIELDS = {
     "format": str, "version": int, "position": int, "streams": int, "dtype": str, "recent": str,
     "model_sha256": str, "config": dict,
@@ -44,7 +44,7 @@ def save_state(cache: Cache, path: str | Path, *, model: Butterfly) -> None:
         "version": FORMAT_VERSION,
         "position": cache.position,
         "streams": cache.batch_size,
-        "dtype": str(cache.keys[0].dtype).removeprefix("torch."),
+        "dtype": str(cache.dtype).removeprefix("torch."),
         "recent": cache.recent.decode("latin-1"),
         "model_sha256": fingerprint(model),
         "config": cache.config.to_dict(),
@@ -81,7 +81,7 @@ def load_state(path: str | Path, model: Butterfly) -> Cache:
             f"(sha256 of the weights); {_OTHER_MODEL}"
         )
     cache = model.new_cache(header["streams"], dtype=_DTYPES[header["dtype"]])
-    cache.position = header["position"]
+    cache.seek(header["position"])
     cache.recent = header["recent"].encode("latin-1")
     expected = dict(cache.filled())
     size = sum(tensor.nbytes for tensor in expected.values())

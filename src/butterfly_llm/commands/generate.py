@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -17,6 +16,10 @@ from butterfly_llm.config import SamplingConfig
 from butterfly_llm.memory import format_bytes
 from butterfly_llm.terminal import progress_bar, say, write
 from butterfly_llm.text import Encoding, Errors, encode
+
+if TYPE_CHECKING:
+    from butterfly_llm.cache import Cache
+    from butterfly_llm.model import Butterfly
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Generate:
     """Text after the context that the model continues."""
     max_chars: int = 500
     """Characters to write at most; a document may end before."""
+    num_samples: int = 1
+    """Continuations of the same context; the second is drawn with the next seed, and so on."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not written."""
     encoding: Encoding = "latin-1"
@@ -51,12 +56,14 @@ class Generate:
     def run(self) -> None:
         if self.max_chars < 0 or self.context_chars < 0:
             raise ValueError("generate: --max-chars and --context-chars must be 0 or above")
+        if self.num_samples < 1:
+            raise ValueError(f"generate: --num-samples must be at least 1, not {self.num_samples}")
         data, note = self._context()
         data += encode(self.prompt, source="--prompt", encoding=self.encoding, errors=self.errors)
         if not data and self.state is None:
             raise ValueError("generate: context and prompt are both empty; give --prompt or --context")
         model = load_model(self.model, self.device, self.precision)
-        from butterfly_llm.generate import generate_text
+        from butterfly_llm.generate import read
 
         if self.state is None:
             cache = model.new_cache(1)
@@ -65,39 +72,46 @@ class Generate:
 
             cache = load_state(self.state, model)
             say(f"{self.state}: {cache.position:,} characters read before")
-        begun = cache.position
         if note:
             say(note)
-        reading, read = time.perf_counter(), 0.0
-        with progress_bar("reading", len(data)) as update:
-
-            def progress(chars: int) -> None:
-                nonlocal read
-                read = time.perf_counter() - reading
-                update(chars)
-
-            stream = generate_text(
-                model,
-                data,
-                encoding=self.encoding,
-                sampling=self.sampling,
-                max_chars=self.max_chars,
-                cache=cache,
-                stop=("\0", *self.stop),  # NUL ends a document
-                progress=progress,
+        started, reading = time.perf_counter(), ""
+        if data:
+            with progress_bar("reading", len(data)) as update:
+                read(model, data, cache, progress=update)
+            reading = (
+                f"read {len(data):,} characters at {len(data) / (time.perf_counter() - started):,.0f}/s, "
             )
-            first = next(stream, "")
-        for piece in chain((first,), stream):
-            write(piece)
-        if sys.stdout.isatty():
-            write("\n")
-        wrote = time.perf_counter() - reading - read
-        drawn = cache.position - begun - len(data)
+        position, started = cache.position, time.perf_counter()
+        streams = cache.fork(self.num_samples) if self.num_samples > 1 else [cache]
+        for number, stream in enumerate(streams):
+            if len(streams) > 1:
+                write(f"==> sample {number + 1} of {len(streams)} <==\n")
+            self._write(model, stream, replace(self.sampling, seed=self.sampling.seed + number))
+            if len(streams) > 1 or sys.stdout.isatty():
+                write("\n")
+        wrote = time.perf_counter() - started
+        lengths = [stream.position - position for stream in streams]
+        own = sum(stream.held_nbytes for stream in streams) if len(streams) > 1 else 0
         say(
-            (f"read {len(data):,} characters at {len(data) / read:,.0f}/s, " if data else "")
-            + f"wrote {drawn:,} at {drawn / wrote:,.1f}/s, state {format_bytes(cache.nbytes)}"
-            + ("; the document or a stop string ended it" if drawn < self.max_chars else "")
+            reading
+            + f"wrote {sum(lengths):,} at {sum(lengths) / wrote:,.1f}/s, state {format_bytes(cache.nbytes)}"
+            + (f" shared, {format_bytes(own)} beside it" if own else "")
+            + ("; the document or a stop string ended it" if min(lengths) < self.max_chars else "")
         )
+
+    def _write(self, model: Butterfly, cache: Cache, sampling: SamplingConfig) -> None:
+        from butterfly_llm.generate import generate_text
+
+        for piece in generate_text(
+            model,
+            b"",
+            encoding=self.encoding,
+            sampling=sampling,
+            max_chars=self.max_chars,
+            cache=cache,
+            stop=("\0", *self.stop),  # NUL ends a document
+        ):
+            write(piece)
 
     def _context(self) -> tuple[bytes, str]:
         """The context, and what to say about it: after all that may be refused, which is one line alone."""

@@ -9,6 +9,7 @@ D head size, S ring slots (stride + 1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from butterfly_llm.ops.rope import rope_table, rotate
+from butterfly_llm.rings import Ring
 from butterfly_llm.routing import Topology, partner_of
 
 
@@ -67,7 +69,7 @@ def _attend_causal(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    history: tuple[Tensor, Tensor] | None,
+    history: Callable[[list[int]], tuple[Tensor, Tensor]] | None,
     first_chunk: int,
     stride: int,
     topology: Topology,
@@ -75,10 +77,10 @@ def _attend_causal(
 ) -> Tensor:
     """Chunks first_chunk.. of a causal stream: q (B, C, H, L, D), k and v (B, C, K, L, D), already rotated.
 
-    `history` holds the rings (B, K, S, L, D) with the chunks before first_chunk.
+    `history` reads keys and values (B, K, C, L, D) of chunks before first_chunk by their number.
     """
     chunks, chunk_size, head_dim = q.shape[1], q.shape[3], q.shape[4]
-    with_partner, without, from_ring, from_here = [], [], [], []
+    with_partner, without, before, from_here = [], [], [], []
     for i in range(chunks):
         partner = partner_of(first_chunk + i, stride, topology)
         if partner < 0:
@@ -86,7 +88,7 @@ def _attend_causal(
             continue
         with_partner.append(i)
         if partner < first_chunk:
-            from_ring.append(partner % (stride + 1))
+            before.append(partner)
         else:
             from_here.append(partner - first_chunk)
 
@@ -95,11 +97,11 @@ def _attend_causal(
         outputs.append(_attend(_take(q, without), _take(k, without), _take(v, without), None, is_causal=True))
     if with_partner:
         k_partner, v_partner = [], []
-        if from_ring:
+        if before:
             assert history is not None
-            slots = torch.tensor(from_ring, device=q.device)
-            k_partner.append(history[0].index_select(2, slots).transpose(1, 2).to(k.dtype))
-            v_partner.append(history[1].index_select(2, slots).transpose(1, 2).to(v.dtype))
+            k_past, v_past = history(before)
+            k_partner.append(k_past.transpose(1, 2).to(k.dtype))
+            v_partner.append(v_past.transpose(1, 2).to(v.dtype))
         if from_here:
             k_partner.append(_take(k, from_here))
             v_partner.append(_take(v, from_here))
@@ -164,7 +166,7 @@ def prefill_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ring: tuple[Tensor, Tensor],
+    rings: tuple[Ring, Ring],
     *,
     position: int,
     stride: int,
@@ -173,25 +175,25 @@ def prefill_attention(
 ) -> Tensor:
     """Attention of the characters `position`.. of a stream, whose keys and values are appended to the rings.
 
-    q (B, T, H, D), k and v (B, T, K, D); ring: keys (rotated by their offset) and values, (B, K, S, L, D),
-    updated in place. Returns (B, T, H, D).
+    q (B, T, H, D), k and v (B, T, K, D); rings of keys (rotated by their offset) and values, windows
+    (B, K, S, L, D), updated in place. Returns (B, T, H, D).
     """
     num_chars, head_dim = q.shape[1], q.shape[3]
-    slots, chunk_size = ring[0].shape[2:4]
+    chunk_size = rings[0].window.shape[3]
     first_chunk, front = divmod(position, chunk_size)
     table = _table(0, chunk_size, head_dim, rope_theta, q.dtype, q.device)
     q, k, v = (_to_chunks(x, chunk_size, front) for x in (q, k, v))
     q, k = rotate(q, *table), rotate(k, *table)
     if front:
-        slot = first_chunk % slots
-        for x, past in zip((k, v), ring, strict=True):
-            x[:, 0, :, :front] = past[:, :, slot, :front]
-    y = _attend_causal(q, k, v, ring, first_chunk, stride, topology, rope_theta)
-    keep = min(slots, k.shape[1])
-    last = first_chunk + k.shape[1]
-    targets = torch.tensor([c % slots for c in range(last - keep, last)], device=q.device)
-    for x, past in zip((k, v), ring, strict=True):
-        past.index_copy_(2, targets, x[:, -keep:].transpose(1, 2).to(past.dtype))
+        for x, ring in zip((k, v), rings, strict=True):
+            x[:, 0, :, :front] = ring.read([first_chunk])[:, :, 0, :front]
+
+    def history(chunks: list[int]) -> tuple[Tensor, Tensor]:
+        return rings[0].read(chunks), rings[1].read(chunks)
+
+    y = _attend_causal(q, k, v, history, first_chunk, stride, topology, rope_theta)
+    for x, ring in zip((k, v), rings, strict=True):
+        ring.write(first_chunk, x.transpose(1, 2))
     return y.transpose(2, 3).flatten(1, 2)[:, front : front + num_chars]
 
 
@@ -250,25 +252,33 @@ def partner_rows(x: Tensor, stride: int, topology: Topology, chunk_size: int) ->
     return x[:, torch.where(exists, source, 0)] * exists[:, None].to(x.dtype)
 
 
-def partner_rows_prefill(
-    x: Tensor, ring: Tensor, *, position: int, stride: int, topology: Topology
-) -> Tensor:
+def partner_rows_prefill(x: Tensor, ring: Ring, *, position: int, stride: int, topology: Topology) -> Tensor:
     """`partner_rows` for the characters `position`.. of a causal stream; x is appended to the ring.
 
-    x (B, T, M), ring (B, S, L, M) zero where nothing was written yet -> (B, T, M).
+    x (B, T, M), window of the ring (B, S, L, M) -> (B, T, M).
     """
     batch, num_chars, width = x.shape
-    slots, chunk_size = ring.shape[1:3]
-    shift, capacity = stride * chunk_size, slots * chunk_size
-    flat = ring.view(batch, capacity, width)
-    steps = torch.arange(num_chars, device=x.device)
-    past = flat.index_select(1, (position - shift + steps[:shift]) % capacity).to(x.dtype)
-    partner = torch.cat([past, x[:, : max(0, num_chars - shift)]], 1)
+    chunk_size = ring.window.shape[2]
+    first_chunk, front = divmod(position, chunk_size)
+    shift = stride * chunk_size
+    start = position - shift  # the partner of the first character; before 0 there is none
+    stop = start + min(num_chars, shift)
+    missing = min(max(0, -start), stop - start)
+    parts = [x.new_zeros(batch, missing, width)]
+    if start + missing < stop:
+        chunks = range((start + missing) // chunk_size, -(-stop // chunk_size))
+        skipped = start + missing - chunks[0] * chunk_size
+        past = ring.read(chunks).flatten(1, 2)  # (B, C * L, M)
+        parts.append(past[:, skipped : skipped + stop - start - missing].to(x.dtype))
+    partner = torch.cat([*parts, x[:, : max(0, num_chars - shift)]], 1)
     if topology == "xor_causal":
+        steps = torch.arange(num_chars, device=x.device)
         reads = ((position + steps) // chunk_size) & stride != 0
         partner = partner * reads[:, None].to(x.dtype)
-    kept = steps[-capacity:]
-    flat.index_copy_(1, (position + kept) % capacity, x[:, -capacity:].to(flat.dtype))
+    if front:
+        x = torch.cat([ring.read([first_chunk])[:, 0, :front].to(x.dtype), x], 1)
+    padded = F.pad(x, (0, 0, 0, -x.shape[1] % chunk_size))
+    ring.write(first_chunk, padded.view(batch, -1, chunk_size, width))
     return partner
 
 

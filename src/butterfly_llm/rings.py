@@ -1,0 +1,182 @@
+"""The chunks of a layer that later chunks may still read: whole, forked from another stream, or in 8 bits.
+
+A ring serves the step through its `window`, a tensor whose slot `c mod slots` is the chunk c in progress and
+the slot after that, around the end, its partner; and prefill through `read` and `write`, chunks at once.
+
+Shapes: a chunk is (..., L, X), several are (..., C, L, X): (B, K, C, L, D) keys, (B, C, L, M) carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Ring:
+    """All stride + 1 chunks in one tensor, chunk c in slot c mod (stride + 1): the partner is next to it."""
+
+    def __init__(self, window: Tensor) -> None:
+        self.window = window  # (..., S, L, X)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when full, of this stream alone."""
+        return self.window.nbytes
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes held beside the window."""
+        return 0
+
+    def parts(self) -> dict[str, Tensor]:
+        """All tensors by a suffix of their names."""
+        return {"": self.window}
+
+    def clone(self) -> Ring:
+        return Ring(self.window.clone())
+
+    def seek(self, position: int, chunk_size: int) -> None:
+        """Stand at `position`, characters, as after reading so many."""
+
+    def begin(self, chunk: int) -> None:
+        """Make ready for the first character of `chunk`."""
+
+    def read(self, chunks: Sequence[int]) -> Tensor:
+        """Chunks by their number -> (..., C, L, X); they must be among the last stride + 1."""
+        slots = torch.tensor([c % self.window.shape[-3] for c in chunks], device=self.window.device)
+        return self.window.index_select(-3, slots)
+
+    def write(self, first: int, x: Tensor) -> None:
+        """Put chunks first.. x (..., C, L, X); the last one may be unfinished."""
+        slots = self.window.shape[-3]
+        kept = x[..., -slots:, :, :]
+        last = first + x.shape[-3]
+        targets = torch.tensor([c % slots for c in range(last - kept.shape[-3], last)], device=x.device)
+        self.window.index_copy_(-3, targets, kept.to(self.window.dtype))
+
+
+class WindowRing(Ring):
+    """A window of two slots, the chunk in progress and its partner; finished chunks lie elsewhere."""
+
+    def __init__(self, window: Tensor, stride: int, finished: int) -> None:
+        super().__init__(window)
+        self.stride = stride
+        self.finished = finished  # chunks below this one are not in the window
+
+    def load(self, chunks: Sequence[int]) -> Tensor:
+        """Finished chunks -> (..., C, L, X)."""
+        raise NotImplementedError
+
+    def save(self, first: int, x: Tensor) -> None:
+        """Finished chunks first.. x (..., C, L, X), of which the last `stride` are needed."""
+        raise NotImplementedError
+
+    def seek(self, position: int, chunk_size: int) -> None:
+        self.finished = max(0, -(-position // chunk_size) - 1)
+
+    def begin(self, chunk: int) -> None:
+        if self.finished < chunk:
+            self.save(chunk - 1, self.window[..., (chunk - 1) % 2, None, :, :])
+            self.finished = chunk
+        self._fetch_partner(chunk)
+
+    def _fetch_partner(self, chunk: int) -> None:
+        if chunk >= self.stride:
+            self.window[..., (chunk + 1) % 2, :, :] = self.load([chunk - self.stride])[..., 0, :, :]
+
+    def read(self, chunks: Sequence[int]) -> Tensor:
+        past = [c for c in chunks if c < self.finished]
+        parts = [self.load(past)] if past else []
+        if len(past) < len(chunks):  # the one in progress
+            parts.append(self.window[..., chunks[-1] % 2, None, :, :])
+        return torch.cat(parts, -3) if len(parts) > 1 else parts[0]
+
+    def write(self, first: int, x: Tensor) -> None:
+        last = first + x.shape[-3] - 1
+        if self.finished < first:
+            self.begin(first)
+        if last > first:
+            self.save(first, x[..., :-1, :, :])
+            self.finished = last
+            self._fetch_partner(last)
+        self.window[..., last % 2, :, :] = x[..., -1, :, :]
+
+
+class ForkedRing(WindowRing):
+    """The past of another ring, which is not written to any more, and the chunks finished since."""
+
+    def __init__(self, base: Ring, window: Tensor, stride: int, finished: int) -> None:
+        super().__init__(window, stride, finished)
+        self.base = base
+        self.first = finished
+        self.own: dict[int, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return self.window.nbytes // 2 * (self.stride + 2)
+
+    @property
+    def held_nbytes(self) -> int:
+        return sum(x.nbytes for x in self.own.values())
+
+    def clone(self) -> ForkedRing:
+        ring = ForkedRing(self.base, self.window.clone(), self.stride, self.first)
+        ring.finished, ring.own = self.finished, dict(self.own)  # finished chunks are never changed
+        return ring
+
+    def load(self, chunks: Sequence[int]) -> Tensor:
+        shared = [c for c in chunks if c < self.first]
+        parts = [self.base.read(shared).to(self.window.dtype)] if shared else []
+        parts += [self.own[c].unsqueeze(-3) for c in chunks if c >= self.first]
+        return torch.cat(parts, -3)
+
+    def save(self, first: int, x: Tensor) -> None:
+        for i in range(max(0, x.shape[-3] - self.stride), x.shape[-3]):
+            self.own[first + i] = x[..., i, :, :].to(self.window.dtype, copy=True)
+        oldest = first + x.shape[-3] - self.stride
+        self.own = {c: chunk for c, chunk in self.own.items() if c >= oldest}
+
+
+class QuantisedRing(WindowRing):
+    """Finished chunks in 8 bits, each row with a scale of its own; the window is not quantised."""
+
+    def __init__(self, window: Tensor, stride: int) -> None:
+        super().__init__(window, stride, 0)
+        *lead, _, rows, width = window.shape
+        # stride slots are enough: the chunk in progress is in the window
+        self.codes = torch.zeros(*lead, stride, rows, width, dtype=torch.int8, device=window.device)
+        self.scale = torch.zeros(*lead, stride, rows, 1, dtype=torch.float32, device=window.device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.window.nbytes + self.held_nbytes
+
+    @property
+    def held_nbytes(self) -> int:
+        return self.codes.nbytes + self.scale.nbytes
+
+    def parts(self) -> dict[str, Tensor]:
+        return {".window": self.window, ".codes": self.codes, ".scale": self.scale}
+
+    def clone(self) -> QuantisedRing:
+        ring = QuantisedRing(self.window.clone(), self.stride)
+        ring.codes.copy_(self.codes)
+        ring.scale.copy_(self.scale)
+        ring.finished = self.finished
+        return ring
+
+    def load(self, chunks: Sequence[int]) -> Tensor:
+        slots = torch.tensor([c % self.stride for c in chunks], device=self.window.device)
+        scale = self.scale.index_select(-3, slots)
+        return (self.codes.index_select(-3, slots) * scale).to(self.window.dtype)
+
+    def save(self, first: int, x: Tensor) -> None:
+        kept = x[..., -self.stride :, :, :].float()
+        last = first + x.shape[-3]
+        slots = torch.tensor([c % self.stride for c in range(last - kept.shape[-3], last)], device=x.device)
+        scale = kept.abs().amax(-1, keepdim=True) / 127
+        codes = (kept / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+        self.codes.index_copy_(-3, slots, codes)
+        self.scale.index_copy_(-3, slots, scale)

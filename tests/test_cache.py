@@ -1,0 +1,167 @@
+"""Forked states, and rings in fewer bits: what is shared, what it costs, and that the text stays the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from butterfly_llm.cache import Cache, cache_nbytes, routes_of
+from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.model import Butterfly
+from butterfly_llm.rings import QuantisedRing
+from butterfly_llm.state import load_state, save_state
+from conftest import chunk_error, random_model
+
+VARIANTS = {
+    "micro": {},
+    "grouped, no carry": {"num_kv_heads": 1, "carry_size": 0},
+    "xor_causal, extra levels": {"routing": "xor_causal", "num_extra_levels": 2},
+}
+L = 16
+PAST = [1, L - 1, L, 5 * L, 9 * L + 3, 25 * L]
+
+
+def text(length: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
+    return torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def go_on(model: Butterfly, cache: Cache, seed: int) -> list[torch.Tensor]:
+    """Steps, a long text, steps, a short text: the logits of each."""
+    ids = text(130, seed, cache.batch_size)
+    logits = [model.step(ids[:, i], cache) for i in range(18)]
+    logits.append(model.prefill(ids[:, 18:90], cache))
+    logits += [model.step(ids[:, i], cache) for i in range(90, 92)]
+    logits.append(model.prefill(ids[:, 92:95], cache))
+    logits.append(model.prefill(ids[:, 95:120], cache))
+    return logits + [model.step(ids[:, i], cache) for i in range(120, 130)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("past", PAST)
+def test_forks_go_on_bit_by_bit_each_for_itself(variant: str, past: int) -> None:
+    model = random_model(ButterflyConfig.preset("micro", **VARIANTS[variant]))
+    cache = model.new_cache()
+    model.prefill(text(past), cache)
+    alone = [cache.clone() for _ in range(2)]
+    forks = cache.fork(2)
+    assert all(torch.equal(fork.logits, cache.logits) for fork in forks)
+    for seed, (own, fork) in enumerate(zip(alone, forks, strict=True), 1):
+        for expected, actual in zip(go_on(model, own, seed), go_on(model, fork, seed), strict=True):
+            assert torch.equal(expected, actual)
+    with pytest.raises(ValueError, match="was forked and cannot go on"):
+        model.step(torch.tensor([1]), cache)
+    with pytest.raises(ValueError, match="was forked and cannot go on"):
+        model.prefill(text(3), cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("pause", [7, 2 * L])
+def test_forks_of_forks_copies_and_batches(dtype: torch.dtype, pause: int) -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    cache = model.new_cache(2, dtype=dtype)
+    model.prefill(text(130, batch=2), cache)
+    first, _ = cache.fork(2)
+    twin = first.clone()
+    for i in range(pause):
+        for stream in (first, twin):
+            model.step(text(pause, 5, 2)[:, i], stream)
+    second, third = first.fork(2)
+    copy = third.clone()
+    whole = third.gathered()
+    expected = go_on(model, twin, 9)
+    assert all(torch.equal(a, b) for a, b in zip(expected, go_on(model, second, 9), strict=True))
+    go_on(model, third, 10)
+    assert all(torch.equal(a, b) for a, b in zip(expected, go_on(model, copy, 9), strict=True))
+    if dtype == torch.float32:  # a product over a strided ring rounds otherwise than one over a window
+        for a, b in zip(expected, go_on(model, whole, 9), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_a_fork_holds_only_what_it_adds() -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    cache = model.new_cache()
+    model.prefill(text(300), cache)
+    forks = cache.fork(8)
+    assert [fork.held_nbytes for fork in forks] == [0] * 8
+    assert {fork.keys[3].data_ptr() for fork in forks} == {forks[0].keys[3].data_ptr()}
+    slot = sum(x.nbytes // x.shape[-3] for x in cache.tensors())  # a chunk in every ring
+    held = []
+    for fork in forks:
+        for i in range(L):
+            model.step(text(L, 3)[:, i], fork)
+        held.append(fork.held_nbytes)
+    assert held == [3 * slot] * 8  # the chunk in progress and its partner, and the one finished
+    model.prefill(text(2000, 4), forks[0])
+    assert forks[0].held_nbytes == forks[0].nbytes <= cache.nbytes + slot
+    with pytest.raises(ValueError, match="count must be at least 1"):
+        cache.fork(0)
+
+
+def test_a_saved_fork_is_a_state_of_its_own(tmp_path: Path) -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    cache = model.new_cache()
+    model.prefill(text(300), cache)
+    fork, other = cache.fork(2)
+    go_on(model, other, 7)
+    for stop in (0, 5, 40):
+        save_state(fork, tmp_path / "state", model=model)
+        resumed = load_state(tmp_path / "state", model)
+        twin = fork.clone()
+        for expected, actual in zip(go_on(model, twin, 1), go_on(model, resumed, 1), strict=True):
+            assert torch.equal(expected, actual), stop
+        model.prefill(text(17), fork)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.02), (torch.int8, 0.03)])
+def test_rings_in_fewer_bits_move_the_logits_little(dtype: torch.dtype, bound: float) -> None:
+    model = random_model(ButterflyConfig.preset("micro", num_kv_heads=1))
+    exact, small = model.new_cache(), model.new_cache(dtype=dtype)
+    assert small.dtype == dtype
+    ids = text(300)
+    model.prefill(ids, exact), model.prefill(ids, small)
+    logits = [torch.stack([model.step(ids[:, i], cache) for i in range(100)], 1) for cache in (exact, small)]
+    error = chunk_error(logits[1], logits[0], L)
+    assert 1e-4 < error < bound
+
+
+def test_8_bit_rings_are_saved_and_resumed_bit_by_bit(tmp_path: Path) -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    for past in (L, 4 * L + 5, 500):
+        cache = model.new_cache(2, dtype=torch.int8)
+        model.prefill(text(past, batch=2), cache)
+        save_state(cache, tmp_path / "state", model=model)
+        resumed = load_state(tmp_path / "state", model)
+        assert resumed.dtype == torch.int8
+        expected = go_on(model, cache, 1)
+        assert all(torch.equal(a, b) for a, b in zip(expected, go_on(model, resumed, 1), strict=True)), past
+
+
+def test_8_bit_codes_are_within_half_a_step() -> None:
+    ring = QuantisedRing(torch.zeros(1, 2, 2, 4, 8), stride=4)
+    chunks = torch.randn(1, 2, 7, 4, 8) * torch.logspace(-9, 3, 4)[:, None]
+    chunks[:, :, 5, 2] = 0
+    ring.write(0, chunks)
+    back = ring.read([3, 4, 5, 6])
+    steps = chunks[:, :, 3:].abs().amax(-1, keepdim=True) / 127
+    assert ((back - chunks[:, :, 3:]).abs() <= steps / 2 * 1.001).all()
+    assert torch.equal(ring.read([6]), chunks[:, :, 6:])  # in progress: not quantised
+    assert not torch.equal(back[:, :, :1], chunks[:, :, 3:4])
+
+
+def test_grouped_heads_and_fewer_bits_shrink_the_state() -> None:
+    full = ButterflyConfig.preset("full", num_passes=3, num_levels=13, num_extra_levels=6)
+    grouped = ButterflyConfig.preset("full", num_passes=3, num_levels=13, num_extra_levels=6, num_kv_heads=3)
+    row = 2 * 12 * 64 + 192
+    sizes = {config.num_kv_heads: cache_nbytes(config, 1, torch.bfloat16) for config in (full, grouped)}
+    assert 0.29 < sizes[3] / sizes[12] < 0.34  # a quarter of keys and values, all of the carry
+    eight = cache_nbytes(full, 1, torch.int8)
+    assert eight / sizes[12] == pytest.approx((row + 4 * 25) / (2 * row), rel=1e-3)
+    micro = ButterflyConfig.preset("micro")
+    cache = Cache.new(micro, 1, torch.int8, "cpu")
+    windows = sum(x.nbytes for x in cache.tensors())
+    slots = sum(route.stride + 1 for route in routes_of(micro)), sum(r.stride for r in routes_of(micro))
+    assert cache.nbytes - windows == pytest.approx(
+        cache_nbytes(micro, 1, torch.int8) * slots[1] / slots[0], rel=0.05
+    )
