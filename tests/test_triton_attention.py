@@ -168,21 +168,28 @@ CHUNK_NAMES = [f"{c.topology}-{c.length}-chunk{c.chunk_size}-stride{c.stride}" f
 def test_whole_chunks_match_the_reference(
     case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_attention, "WHOLE_CHUNKS", True)
+    monkeypatch.setattr(triton_attention, "CHUNK_FORWARD", ChunkTiles())
+    monkeypatch.setattr(triton_attention, "CHUNK_BACKWARD", ChunkTiles())
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     check(case, dtype)
 
 
 @kernels
-@pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("parts", [("fused",), ("all",), ("keys", "queries")], ids="-".join)
-def test_every_cut_of_a_chunk(
-    split: int, parts: tuple[str, ...], poisoned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton_attention, "WHOLE_CHUNKS", True)
-    monkeypatch.setattr(triton_attention, "CHUNK_FORWARD", ChunkTiles(split, 4))
-    monkeypatch.setattr(triton_attention, "CHUNK_BACKWARD", ChunkTiles(split, 4, 16, parts))
+@pytest.mark.parametrize(
+    "cut",
+    [
+        ChunkTiles(1, own=1, far=1),
+        ChunkTiles(1, own=2, far=2, parts=("all",)),
+        ChunkTiles(2, own=2, far=2, read=16, parts=("all",)),
+        ChunkTiles(2, own=1, far=1, read=16, parts=("keys", "queries")),
+    ],
+    ids=str,
+)
+def test_every_cut_of_a_chunk(cut: ChunkTiles, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention, "CHUNK_FORWARD", cut)
+    monkeypatch.setattr(triton_attention, "CHUNK_BACKWARD", cut)
     check(Case("shift", 85, 32, 1), torch.float16)
+    check(Case("xor", 49, 32, 1), torch.float16)
 
 
 @kernels

@@ -1,73 +1,102 @@
 """One attention layer, 12 heads of 64, bfloat16: the fused kernels beside what PyTorch offers, and the floor.
 
-    butterfly bench ops            # 65,536 and 1,048,576 characters
-    butterfly bench ops --quick    # correctness and the fused kernels at 65,536
-    butterfly bench ops --sweep    # tile sizes of the three kernels at 65,536
+    butterfly bench ops                      # every variant, then 65,536 and 1,048,576 characters
+    butterfly bench ops --quick              # correctness and the kernels as shipped, at 65,536
+    butterfly bench ops --save ops.json      # also keeps the object in a file, renewed after every part
 
-Milliseconds are medians of CUDA-graph replays, so they
-hold no launch overhead. The floor is q, k, v read once and o written once, three times that with the backward
-pass, at the measured copy bandwidth.
+Milliseconds are medians of CUDA-graph replays, so they hold no launch overhead. The floor is q, k, v read
+once and o written once, three times that with the backward pass, at the measured copy bandwidth. Every part
+runs in a process that is replaced when the part fails or takes too long; none starts after --seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
+import functools
+import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from butterfly_llm.bench import run
+from butterfly_llm.bench.isolate import Worker, all_at_once, one_line
 from butterfly_llm.ops import triton_attention
 from butterfly_llm.ops.portable import butterfly_attention_portable
 from butterfly_llm.ops.reference import butterfly_attention_reference
-from butterfly_llm.ops.triton_attention import Tiles, butterfly_attention_triton
+from butterfly_llm.ops.triton_attention import ChunkTiles, Tiles, butterfly_attention_triton
 
+MODULE = "butterfly_llm.bench.ops"  # by name: run with -m this file is __main__
 HEADS, HEAD_DIM, CHUNK, STRIDE = 12, 64, 128, 32
+SHORT, LONG = 1 << 16, 1 << 20
 OPTIONS: dict[str, Any] = {
     "stride": STRIDE, "topology": "shift", "chunk_size": CHUNK, "rope_theta": 10000.0
 }  # fmt: skip
-# Tile sizes tried for each kernel: (queries, keys, warps, stages).
-SWEEP: dict[triton_attention.Pass, list[tuple[int, int, int, int]]] = {
-    "forward": [
-        (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2),
-        (128, 64, 8, 1), (128, 64, 8, 2), (128, 128, 8, 1), (64, 128, 4, 1),
-    ],
-    "query_gradient": [
-        (64, 64, 4, 1), (64, 64, 4, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3),
-        (128, 64, 8, 1), (128, 64, 8, 2),
-    ],
-    "key_gradient": [
-        (32, 64, 4, 1), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 1), (64, 64, 4, 2),
-        (32, 128, 8, 1), (32, 128, 8, 2), (64, 128, 8, 1),
-    ],
-}  # fmt: skip
+
+# Names of variants: the arguments of the tiles, or of the tiles of a whole chunk, of one pass.
+Variant = dict[str, Any]
+FORWARD: dict[str, Variant] = {
+    "tiled 64x64": {"tiles": (64, 64, 4, 1)},
+    "tiled 128x64 w8": {"tiles": (128, 64, 8, 1)},
+    "chunk 2/2/1 w4": {"split": 2, "own": 2, "far": 1},
+    "chunk 2/2/2 w4": {"split": 2, "own": 2, "far": 2},
+    "chunk 2/2/2 w4 r168": {"split": 2, "own": 2, "far": 2, "registers": 168},
+    "chunk 1/1/1 w8": {"split": 1, "own": 1, "far": 1, "num_warps": 8},
+    "chunk 1/1/1 w8 r128": {"split": 1, "own": 1, "far": 1, "num_warps": 8, "registers": 128},
+    "chunk 1/2/2 w8": {"split": 1, "own": 2, "far": 2, "num_warps": 8},
+}
+BACKWARD: dict[str, Variant] = {
+    "tiled": {"tiles": None},
+    "fused 2 w4 read 64": {"split": 2, "read": 64},
+    "fused 2 w4 read 32": {"split": 2, "read": 32},
+    "fused 1 w8 read 64": {"split": 1, "num_warps": 8, "read": 64},
+    "fused 1 w8 read 32": {"split": 1, "num_warps": 8, "read": 32},
+    "all 2 w4 read 32": {"split": 2, "read": 32, "parts": ("all",)},
+    "all 1 w8 read 32": {"split": 1, "num_warps": 8, "read": 32, "parts": ("all",)},
+    "apart 2 w4 read 64": {"split": 2, "read": 64, "parts": ("keys", "queries")},
+    "apart 2 w4 read 32": {"split": 2, "read": 32, "parts": ("keys", "queries")},
+    "apart 1 w8 read 32": {"split": 1, "num_warps": 8, "read": 32, "parts": ("keys", "queries")},
+}
+SHIPPED = ("tiled 64x64", "tiled")
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def replay_ms(run: Callable[[], object], repeats: int = 7) -> float:
-    """Median time of `run`, captured in a CUDA graph where that is possible."""
+# The parts, each a function of plain values that runs in the worker.
+
+
+def use(forward: str, backward: str) -> None:
+    """Make the kernels of these variants the ones that `butterfly_attention_triton` runs."""
+    chosen, returned = FORWARD[forward], BACKWARD[backward]
+    triton_attention.FORCED_TILES.clear()
+    triton_attention.CHUNK_FORWARD = None if "tiles" in chosen else ChunkTiles(**chosen)
+    triton_attention.CHUNK_BACKWARD = None if "tiles" in returned else ChunkTiles(**returned)
+    if "tiles" in chosen:
+        triton_attention.FORCED_TILES["forward"] = Tiles(*chosen["tiles"])
+
+
+def replay_ms(run: Callable[[], object], repeats: int = 7, inside: int = 1) -> float:
+    """Median time of `run`, captured `inside` times in a CUDA graph where that is possible."""
     for _ in range(2):
         run()
     torch.cuda.synchronize()
-    launch = run
+    launch: Callable[[], object] = run
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
+            for _ in range(inside):
+                run()
         launch = graph.replay
         launch()
-    except TimeoutError:
-        raise
     except Exception as error:
-        print(f"  (timed without a graph: {one_line(error)})")
+        print(f"  (timed without a graph: {one_line(error)})", file=sys.stderr)
+        inside = 1
         torch.cuda.synchronize()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]  # type: ignore[no-untyped-call]
     for start, stop in events:
@@ -75,33 +104,93 @@ def replay_ms(run: Callable[[], object], repeats: int = 7) -> float:
         launch()
         stop.record()
     torch.cuda.synchronize()
-    return float(statistics.median(start.elapsed_time(stop) for start, stop in events))
+    return float(statistics.median(start.elapsed_time(stop) for start, stop in events)) / inside
 
 
-def one_line(error: BaseException) -> str:
-    return (type(error).__name__ + ": " + " ".join(str(error).split()))[:200]
+def ceilings() -> dict[str, Any]:
+    """Copy bandwidth (read and written) and the rate of an 8192 x 8192 x 8192 product."""
+    source = torch.randint(0, 255, (1 << 31,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / replay_ms(lambda: target.copy_(source)) * 1e3
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = 2 * 8192**3 / replay_ms(lambda: a @ b) * 1e3
+    return {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": _triton_version(),
+        "copy_bytes_per_s": copy, "matmul_flop_per_s": product,
+    }  # fmt: skip
 
 
-def within(seconds: int, part: Callable[[], Any]) -> Any:
-    """The result of one part, or the reason why it failed; a part that hangs costs only itself."""
+def _triton_version() -> str:
+    import triton
 
-    def stop(_: int, __: FrameType | None) -> None:
-        raise TimeoutError(f"took more than {seconds} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        return part()
-    except Exception as error:
-        return one_line(error)
-    finally:
-        signal.alarm(0)
+    return str(triton.__version__)
 
 
 def views(length: int) -> list[Tensor]:
     """q, k, v (1, N, H, D) as views into one fused projection, as the model has them."""
     fused = torch.randn(1, length, 3 * HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     return [x.detach().requires_grad_() for x in torch.split(fused, HEADS, 2)]
+
+
+def first_run(forward: str, backward: str) -> float:
+    """Seconds of the first forward and backward pass, for whole and ragged lengths: mostly compilation."""
+    torch.randn(8, 8, device="cuda").sum().item()
+    use(forward, backward)
+    begun = time.perf_counter()
+    for length in (4 * CHUNK, 4 * CHUNK - 15):
+        q, k, v = views(length)
+        y = butterfly_attention_triton(q, k, v, **OPTIONS | {"stride": 1})
+        torch.autograd.grad(y, (q, k, v), torch.randn_like(y))
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+@functools.lru_cache(maxsize=4)
+def expected(length: int, stride: int) -> tuple[list[Tensor], list[Tensor]]:
+    """q, k, v and a gradient in bfloat16; output and gradients of the reference in float64."""
+    torch.manual_seed(length)
+    inputs = [torch.randn(1, length, HEADS, HEAD_DIM, device="cuda").bfloat16() for _ in range(4)]
+    q, k, v = (x.double().requires_grad_() for x in inputs[:3])
+    y = butterfly_attention_reference(q, k, v, **OPTIONS | {"stride": stride})
+    return inputs, [y.detach(), *torch.autograd.grad(y, (q, k, v), inputs[3].double())]
+
+
+def errors(forward: str, backward: str) -> dict[str, float]:
+    """RMS error over RMS reference, worst chunk of several lengths, of the output and the gradients."""
+    use(forward, backward)
+    worst = dict.fromkeys(("y", "dq", "dk", "dv"), 0.0)
+    for length, stride in ((2048 + 17, 4), (2048, 1), (500, 2)):
+        inputs, results = expected(length, stride)
+        q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+        y = butterfly_attention_triton(q, k, v, **OPTIONS | {"stride": stride})
+        found = [y.detach(), *torch.autograd.grad(y, (q, k, v), inputs[3])]
+        for name, got, want in zip(worst, found, results, strict=True):
+            for a, b in zip(torch.split(got.double(), CHUNK, 1), torch.split(want, CHUNK, 1), strict=True):
+                error = ((a - b).square().mean() / b.square().mean()).sqrt().item()
+                worst[name] = error if not error <= worst[name] else worst[name]  # NaN stays
+    return worst
+
+
+def forward_ms(forward: str, length: int, stride: int, rotate: bool) -> float:
+    use(forward, "tiled")
+    q, k, v = (x.detach() for x in views(length))
+    options = OPTIONS | {"stride": stride} | ({} if rotate else {"rope_theta": None})
+    return replay_ms(
+        lambda: butterfly_attention_triton(q, k, v, **options), inside=8 if length <= SHORT else 1
+    )
+
+
+def backward_ms(backward: str, length: int, stride: int, rotate: bool) -> float:
+    """The backward operator alone."""
+    use("tiled 64x64", backward)
+    q, k, v = (x.detach() for x in views(length))
+    grad = torch.randn(1, length, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    options = OPTIONS | {"stride": stride} | ({} if rotate else {"rope_theta": None})
+    o, lse = torch.ops.butterfly.attention_fwd(q, k, v, *options.values())
+    return replay_ms(
+        lambda: torch.ops.butterfly.attention_bwd(grad, q, k, v, o, lse, *options.values()),
+        inside=4 if length <= SHORT else 1,
+    )
 
 
 def time_attention(attend: Attention, inputs: list[Tensor]) -> dict[str, float]:
@@ -112,14 +201,15 @@ def time_attention(attend: Attention, inputs: list[Tensor]) -> dict[str, float]:
     return {"forward_ms": forward, "forward_backward_ms": both}
 
 
-def fused_kernels(length: int) -> dict[str, float]:
+def fused(length: int, forward: str, backward: str) -> dict[str, float]:
+    use(forward, backward)
     return time_attention(lambda q, k, v: butterfly_attention_triton(q, k, v, **OPTIONS), views(length))
 
 
 def portable(length: int) -> dict[str, float]:
     """Compiled at 65,536 characters; eager beyond, where tracing its thousands of chunks takes minutes."""
     run: Attention = lambda q, k, v: butterfly_attention_portable(q, k, v, **OPTIONS)  # noqa: E731
-    return time_attention(torch.compile(run, dynamic=False) if length <= 1 << 16 else run, views(length))
+    return time_attention(torch.compile(run, dynamic=False) if length <= SHORT else run, views(length))
 
 
 def flex_mask(length: int, device: str) -> Any:
@@ -137,115 +227,209 @@ def flex_mask(length: int, device: str) -> Any:
     )  # fmt: skip
 
 
-def flex_attention(length: int) -> dict[str, float]:
+def heads_first(length: int) -> list[Tensor]:
+    shape = (1, HEADS, length, HEAD_DIM)
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+
+def flex(length: int) -> dict[str, float]:
     """Compiled FlexAttention with the same pattern, rotary positions not included."""
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = flex_mask(length, "cuda")
     torch.cuda.empty_cache()
-    shape = (1, HEADS, length, HEAD_DIM)
-    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     compiled = torch.compile(flex_attention, dynamic=False)
-    return time_attention(lambda q, k, v: compiled(q, k, v, block_mask=mask), inputs)
+    return time_attention(lambda q, k, v: compiled(q, k, v, block_mask=mask), heads_first(length))
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second of a large copy, read and written."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / replay_ms(lambda: target.copy_(source)) * 1e3
+def full_causal(length: int) -> dict[str, float]:
+    """scaled_dot_product_attention over all earlier characters, forward only."""
+    q, k, v = (x.detach() for x in heads_first(length))
+
+    def attend() -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    if length <= SHORT:
+        return {"forward_ms": replay_ms(attend, repeats=3)}
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    attend()
+    stop.record()
+    torch.cuda.synchronize()
+    return {"forward_ms": float(start.elapsed_time(stop))}
 
 
-def correctness() -> dict[str, float]:
-    """RMS error over RMS reference, worst chunk, of the output and the gradients at 4,113 characters."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, 4096 + 17, 4, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+def repeats(forward: str, backward: str) -> dict[str, Any]:
+    """Whether two runs agree bit for bit, and the bytes allocated beyond inputs, outputs and log-sum-exp."""
+    use(forward, backward)
+    q, k, v = views(SHORT)
+    grad = torch.randn(1, SHORT, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+
+    def once() -> list[Tensor]:
+        y = butterfly_attention_triton(q, k, v, **OPTIONS)
+        return [y.detach(), *torch.autograd.grad(y, (q, k, v), grad)]
+
+    first = once()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    second = once()
+    torch.cuda.synchronize()
+    kept = sum(x.numel() * x.element_size() for x in second) + 4 * HEADS * SHORT
+    return {
+        "identical": all(torch.equal(a, b) for a, b in zip(first, second, strict=True)),
+        "workspace_bytes": torch.cuda.max_memory_allocated() - before - kept,
+    }
+
+
+def beyond_int32(forward: str, backward: str) -> dict[str, Any]:
+    """Values and gradients past element 2**31 of every tensor: bit for bit those of the tail by itself."""
+    use(forward, backward)
+    length = (1 << 31) // (HEADS * HEAD_DIM) // CHUNK * CHUNK + 4 * STRIDE * CHUNK
+    tail = 3 * STRIDE * CHUNK
+    seen = 2 * STRIDE * CHUNK  # the first stride of the tail lacks its partner
+    with torch.no_grad():
+        q, k, v = (x.detach() for x in views(length))
+    grad = torch.randn(1, length, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     results = []
-    for op, dtype in (
-        (butterfly_attention_triton, torch.bfloat16),
-        (butterfly_attention_reference, torch.float64),
-    ):
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs[:3])
-        y = op(q, k, v, **OPTIONS | {"stride": 4})
-        results.append([y.detach(), *torch.autograd.grad(y, (q, k, v), inputs[3].to(dtype))])
-    errors = {}
-    for name, got, want in zip(("y", "dq", "dk", "dv"), *results, strict=True):
-        pairs = zip(got.double().split(CHUNK, 1), want.split(CHUNK, 1), strict=True)
-        errors[name] = max(((a - b).square().mean() / b.square().mean()).sqrt().item() for a, b in pairs)
-    return errors
+    for part in (slice(None), slice(length - tail, None)):
+        inputs = [x[:, part].requires_grad_() for x in (q, k, v)]
+        y = butterfly_attention_triton(*inputs, **OPTIONS)
+        gradients = torch.autograd.grad(y, inputs, grad[:, part])
+        results.append([x[:, -seen:].clone() for x in (y.detach(), *gradients)])
+        del y, gradients
+    names = ("y", "dq", "dk", "dv")
+    equal = {name: torch.equal(a, b) for name, a, b in zip(names, *results, strict=True)}
+    return {"elements": length * HEADS * HEAD_DIM, "equal": equal}
 
 
-def sweep() -> dict[str, dict[str, Any]]:
-    """Milliseconds for each tile size of one kernel, the others as shipped: forward, or with backward."""
-    inputs = views(1 << 16)
-    grad = torch.randn(1, 1 << 16, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+class Report:
+    """What is known so far; printed and, with a path, saved after every part."""
 
-    def forward() -> object:
-        return butterfly_attention_triton(*(x.detach() for x in inputs), **OPTIONS)
+    def __init__(self, path: Path | None, seconds: float) -> None:
+        self.path, self.end = path, time.perf_counter() + seconds
+        self.begun = time.perf_counter()
+        self.worker = Worker(MODULE)
+        self.out: dict[str, Any] = {
+            "heads": HEADS, "head_dim": HEAD_DIM, "chunk": CHUNK, "stride": STRIDE, "dtype": "bfloat16"
+        }  # fmt: skip
 
-    def both() -> object:
-        return torch.autograd.grad(butterfly_attention_triton(*inputs, **OPTIONS), inputs, grad)
+    def ask(self, seconds: float, name: str, *arguments: Any) -> Any:
+        left = self.end - time.perf_counter()
+        return self.worker.ask(min(seconds, left), name, *arguments) if left > 3 else "Skipped: time is up"
 
-    results: dict[str, dict[str, Any]] = {}
-    for which, candidates in SWEEP.items():
-        run = forward if which == "forward" else both
-        results[which] = {}
-        for cut in candidates:
-            triton_attention.FORCED_TILES[which] = Tiles(*cut)
-            result = within(30, partial(replay_ms, run))
-            results[which][str(cut)] = result
-            print(
-                f"{which:<16}{cut!s:<20}{result if isinstance(result, str) else round(result, 4)}", flush=True
-            )
-        del triton_attention.FORCED_TILES[which]
-    return results
+    def add(self, section: str, name: str, result: Any) -> Any:
+        self.out.setdefault(section, {})[name] = result
+        text = (
+            {key: shown(value) for key, value in result.items()}
+            if isinstance(result, dict)
+            else shown(result)
+        )
+        print(f"{time.perf_counter() - self.begun:6.1f} s  {section:<22}{name:<22}{text}", flush=True)
+        self.out["seconds"] = round(time.perf_counter() - self.begun, 1)
+        if self.path is not None:
+            partial = self.path.with_suffix(".part")
+            partial.write_text(json.dumps(self.out, indent=1), encoding="utf-8")
+            os.replace(partial, self.path)
+        return result
+
+    def best(self, section: str, names: Sequence[str], fallback: str) -> str:
+        """The fastest of the variants that were measured and are correct."""
+        times = self.out.get(section, {})
+        good = {
+            name: times[name] for name in names if isinstance(times.get(name), float) and self.correct(name)
+        }
+        return min(good, key=lambda name: float(good[name])) if good else fallback
+
+    def correct(self, name: str) -> bool:
+        error = self.out.get("error", {}).get(name)
+        return isinstance(error, dict) and all(value < 0.016 for value in error.values())
+
+
+def shown(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="correctness and the fused kernels at 65,536")
-    parser.add_argument("--sweep", action="store_true", help="tile sizes of the three kernels at 65,536")
+    parser.add_argument("--quick", action="store_true", help="the kernels as shipped, 65,536 characters only")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="keep the JSON object in this file as it grows"
+    )
+    parser.add_argument("--seconds", type=float, default=190, help="start no further part after this (190)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise ValueError("bench ops needs a CUDA device")
-    begun = time.perf_counter()
-    out: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "heads": HEADS,
-        "head_dim": HEAD_DIM, "chunk": CHUNK, "stride": STRIDE, "dtype": "bfloat16",
-    }  # fmt: skip
-    out["error"] = within(60, correctness)
-    print("error against the float64 reference:", out["error"], flush=True)
-    bandwidth = within(20, copy_bandwidth)
-    out["copy_bytes_per_s"] = bandwidth
-    parts = {"fused": fused_kernels}
-    if not (options.quick or options.sweep):
-        parts |= {"flex_attention": flex_attention, "portable": portable}
-    print(f"{'characters':>10}  {'what':<16}{'forward ms':>12}{'+ backward':>12}{'of floor':>10}", flush=True)
-    for length in (1 << 16,) if options.quick or options.sweep else (1 << 16, 1 << 20):
-        results: dict[str, Any] = {}
-        if isinstance(bandwidth, float):
-            floor = 4 * length * HEADS * HEAD_DIM * 2 / bandwidth * 1e3
-            results["floor"] = {"forward_ms": floor, "forward_backward_ms": 3 * floor}
-        for name, part in parts.items():
-            results[name] = within(25, partial(part, length))
-            within(5, torch.cuda.empty_cache)
-        out[str(length)] = results
-        for name, result in results.items():
-            if isinstance(result, str):
-                print(f"{length:>10,}  {name:<16}{result}", flush=True)
-                continue
-            share = (
-                results["floor"]["forward_backward_ms"] / result["forward_backward_ms"]
-                if "floor" in results
-                else 0
-            )
-            times = f"{result['forward_ms']:>12.3f}{result['forward_backward_ms']:>12.3f}"
-            print(f"{length:>10,}  {name:<16}{times}{share:>10.0%}", flush=True)
-    if options.sweep:
-        out["sweep"] = sweep()
-    out["seconds"] = round(time.perf_counter() - begun, 1)
-    return out
+    report = Report(options.save, options.seconds)
+    try:
+        _measure(report, options.quick)
+    finally:
+        report.worker.stop()
+    return report.out
+
+
+def _measure(report: Report, quick: bool) -> None:
+    forwards = [SHIPPED[0]] if quick else list(FORWARD)
+    backwards = [SHIPPED[1]] if quick else list(BACKWARD)
+    pairs = [(f, b) for f, b in zip(forwards + [SHIPPED[0]] * 9, backwards, strict=False)]
+    pairs += [(f, SHIPPED[1]) for f in forwards[len(backwards) :]]
+    compiled = all_at_once(MODULE, [("first_run", *pair) for pair in pairs], 100)
+    for pair, seconds in zip(pairs, compiled, strict=True):
+        report.add("first run, seconds", " + ".join(pair), seconds)
+    ceiling = report.add("ceilings", "measured", report.ask(30, "ceilings"))
+    for name in forwards:
+        report.add("error", name, report.ask(30, "errors", name, SHIPPED[1]))
+    for name in backwards:
+        report.add("error", name, report.ask(30, "errors", SHIPPED[0], name))
+    for name in forwards:
+        report.add("forward 64k, ms", name, report.ask(15, "forward_ms", name, SHORT, STRIDE, True))
+    for name in backwards:
+        report.add("backward 64k, ms", name, report.ask(15, "backward_ms", name, SHORT, STRIDE, True))
+    forward = report.best("forward 64k, ms", forwards, SHIPPED[0])
+    backward = report.best("backward 64k, ms", backwards, SHIPPED[1])
+    print(f"best: {forward}, {backward}", flush=True)
+    for length in (SHORT,) if quick else (SHORT, LONG):
+        section = f"{length} characters"
+        if isinstance(ceiling, dict):
+            floor = 4 * length * HEADS * HEAD_DIM * 2 / ceiling["copy_bytes_per_s"] * 1e3
+            report.add(section, "floor", {"forward_ms": floor, "forward_backward_ms": 3 * floor})
+        report.add(section, "best", report.ask(25, "fused", length, forward, backward))
+        report.add(section, "shipped", report.ask(25, "fused", length, *SHIPPED))
+        if quick:
+            continue
+        report.add(section, "flex_attention", report.ask(40, "flex", length))
+        if length == SHORT:
+            report.add(section, "full causal", report.ask(15, "full_causal", length))
+        report.worker.ask(5, "free")
+    report.add("properties", "repeats", report.ask(20, "repeats", forward, backward))
+    if quick:
+        return
+    report.add("properties", "beyond 2**31", report.ask(30, "beyond_int32", forward, backward))
+    for stride in (1, 8, 256):
+        report.add(
+            "stride, forward ms", str(stride), report.ask(15, "forward_ms", forward, SHORT, stride, True)
+        )
+        report.add(
+            "stride, backward ms", str(stride), report.ask(15, "backward_ms", backward, SHORT, stride, True)
+        )
+    for name in dict.fromkeys((forward, "chunk 2/2/1 w4", "chunk 1/1/1 w8")):
+        report.add("no rotation, forward ms", name, report.ask(20, "forward_ms", name, SHORT, STRIDE, False))
+    for name in dict.fromkeys((backward, "fused 2 w4 read 32")):
+        report.add(
+            "no rotation, backward ms", name, report.ask(25, "backward_ms", name, SHORT, STRIDE, False)
+        )
+    for name in forwards:
+        report.add("forward 1M, ms", name, report.ask(15, "forward_ms", name, LONG, STRIDE, True))
+    for name in backwards:
+        report.add("backward 1M, ms", name, report.ask(15, "backward_ms", name, LONG, STRIDE, True))
+    report.add(f"{SHORT} characters", "gather + SDPA", report.ask(60, "portable", SHORT))
+    report.add(f"{LONG} characters", "full causal", report.ask(30, "full_causal", LONG))
+
+
+def free() -> bool:
+    torch.cuda.empty_cache()
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

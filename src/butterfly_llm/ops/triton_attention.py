@@ -63,16 +63,18 @@ FORCED_TILES: dict[Pass, Tiles] = {}
 class ChunkTiles:
     """How a kernel that takes whole chunks cuts its work."""
 
-    split: int  # tiles of queries, and of keys, in a chunk
-    num_warps: int
+    split: int = 2  # tiles of queries in a chunk; in the backward pass of keys too
+    num_warps: int = 4
+    own: int = 2  # forward: blocks of keys in the own chunk
+    far: int = 1  # forward: blocks of keys in the partner
     read: int = 32  # backward: queries of the reader taken at a time
     parts: tuple[str, ...] = ("fused",)  # backward: one launch each; or ("all",), or ("keys", "queries")
+    registers: int | None = None  # the most a thread may use; None: what the compiler finds best
 
 
-WHOLE_CHUNKS = False
-"""True runs the kernels of `triton_chunk_kernels`, one program a chunk, where they fit. Not measured yet."""
-CHUNK_FORWARD = ChunkTiles(2, 4)
-CHUNK_BACKWARD = ChunkTiles(2, 4)
+CHUNK_FORWARD: ChunkTiles | None = None
+CHUNK_BACKWARD: ChunkTiles | None = None
+"""Run the kernels of `triton_chunk_kernels` where they fit; None, until they are measured, the tiled ones."""
 
 
 def tiles(which: Pass, dtype: torch.dtype, chunk_size: int, shared_limit: int) -> Tiles:
@@ -108,9 +110,8 @@ def _shared_limit(device: torch.device) -> int:
 
 def _takes_chunks(x: Tensor) -> bool:
     """Whether two programs that hold the keys and values of a pair fit on one multiprocessor."""
-    if not WHOLE_CHUNKS or _interpreted():
-        return WHOLE_CHUNKS
-    return x.element_size() == 2 and x.shape[3] <= 64 and _shared_limit(x.device) >= 160 * 1024
+    fits = x.element_size() == 2 and x.shape[3] <= 64 and _shared_limit(x.device) >= 160 * 1024
+    return fits or _interpreted()
 
 
 @functools.lru_cache(maxsize=16)
@@ -140,6 +141,12 @@ def _rope(chunk_size: int, head_dim: int, theta: float | None, device: torch.dev
 def _rows(x: Tensor) -> Tensor:
     """x itself if the elements of a row are adjacent, as in views into a fused projection."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(tensors: list[Tensor]) -> list[int]:
+    """Of the first three dimensions. A single sequence has no batch stride: beyond 2**31 elements it would
+    be a 64-bit argument and every kernel be compiled again."""
+    return [x.stride(axis) if axis or len(x) > 1 else 0 for x in tensors for axis in range(3)]
 
 
 def _launch(
@@ -175,7 +182,7 @@ def _launch(
         kernel[(programs,)](
             *tensors,
             _rope(chunk_size, head_dim, rope_theta, device),
-            *(x.stride(axis) for x in strided for axis in range(3)),
+            *_strides(strided),
             length,
             num_chunks,
             min(stride, _NO_STRIDE),
@@ -218,7 +225,7 @@ def _launch_chunks(
         kernel[(batch * turns * step * num_heads,)](
             *tensors,
             _chunk_rope(chunk_size, head_dim, rope_theta, tensors[0].dtype, device),
-            *(x.stride(axis) for x in strided for axis in range(3)),
+            *_strides(strided),
             length,
             num_chunks,
             min(stride, _NO_STRIDE),
@@ -236,6 +243,7 @@ def _launch_chunks(
             **constants,
             num_warps=cut.num_warps,
             num_stages=1,
+            **({"maxnreg": cut.registers} if cut.registers else {}),
         )
 
 
@@ -252,11 +260,16 @@ def _forward(
     options: dict[str, Any] = {
         "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
     }  # fmt: skip
-    if _takes_chunks(q):
+    cut = CHUNK_FORWARD
+    if cut is not None and _takes_chunks(q):
         from butterfly_llm.ops import triton_chunk_kernels
 
         kernel = triton_chunk_kernels.chunk_forward_kernel
-        _launch_chunks(kernel, CHUNK_FORWARD, [q, k, v, o, lse], [q, k, v], shape, **options)
+        constants: dict[str, Any] = {
+            "OWN": min(cut.own, chunk_size // 16),
+            "FAR": min(cut.far, chunk_size // 16),
+        }
+        _launch_chunks(kernel, cut, [q, k, v, o, lse], [q, k, v], shape, **options, **constants)
     else:
         _launch("forward", [q, k, v, o, lse], [q, k, v], shape, **options)
     return o, lse
@@ -295,11 +308,12 @@ def _backward(
     options: dict[str, Any] = {
         "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
     }  # fmt: skip
-    if _takes_chunks(q) and num_heads == num_kv_heads:
+    cut = CHUNK_BACKWARD
+    if cut is not None and _takes_chunks(q) and num_heads == num_kv_heads:
         from butterfly_llm.ops import triton_chunk_kernels
 
         kernel = triton_chunk_kernels.chunk_backward_kernel
-        tensors, cut = [q, k, v, o, grad, lse, dq, dk, dv], CHUNK_BACKWARD
+        tensors = [q, k, v, o, grad, lse, dq, dk, dv]
         for part in cut.parts:
             constants: dict[str, Any] = {"PART": part, "READ": min(cut.read, chunk_size)}
             _launch_chunks(kernel, cut, tensors, [q, k, v, grad], shape, **options, **constants)

@@ -80,26 +80,36 @@ def _visit(
 @triton.jit
 def _attend_chunk(
     q_c, k_c, v_c, k_p, v_p, o_c, lse_c, table_ptr, stride_qn, stride_kn, stride_vn, left, p_left, later,
-    HEADS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, SCALE: tl.constexpr,
-    MUTUAL: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr, PARTNER: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, OWN: tl.constexpr,
+    FAR: tl.constexpr, SCALE: tl.constexpr, MUTUAL: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
+    PARTNER: tl.constexpr,
 ):  # fmt: skip
     """All queries of a chunk. later: the partner comes after the chunk."""
     HALF: tl.constexpr = D // 2
     BLOCK: tl.constexpr = CHUNK // SPLIT
+    NEAR_KEYS: tl.constexpr = CHUNK // OWN
+    FAR_KEYS: tl.constexpr = CHUNK // FAR
     BOUNDED: tl.constexpr = MUTUAL and not WHOLE
     rows = tl.arange(0, BLOCK)
-    every = tl.arange(0, CHUNK)
+    far = tl.arange(0, FAR_KEYS)
+    near = tl.arange(0, NEAR_KEYS)
     # All loads of keys and values stand before the first use of any.
     if PARTNER:
-        kp1, kp2, vp = _key_block(k_p, v_p, stride_kn, stride_vn, every, p_left, HALF, WHOLE or not MUTUAL)
-    ka1, ka2, va = _key_block(k_c, v_c, stride_kn, stride_vn, rows, left, HALF, WHOLE)
-    if SPLIT == 2:
-        kb1, kb2, vb = _key_block(k_c, v_c, stride_kn, stride_vn, rows + BLOCK, left, HALF, WHOLE)
+        pa1, pa2, pav = _key_block(k_p, v_p, stride_kn, stride_vn, far, p_left, HALF, not BOUNDED)
+        if FAR == 2:
+            pb1, pb2, pbv = _key_block(
+                k_p, v_p, stride_kn, stride_vn, far + FAR_KEYS, p_left, HALF, not BOUNDED
+            )
+    ka1, ka2, va = _key_block(k_c, v_c, stride_kn, stride_vn, near, left, HALF, WHOLE)
+    if OWN == 2:
+        kb1, kb2, vb = _key_block(k_c, v_c, stride_kn, stride_vn, near + NEAR_KEYS, left, HALF, WHOLE)
     if PARTNER:
-        kp1, kp2 = _turned(kp1, kp2, table_ptr, every, CHUNK, HALF, ROTATE)
-    ka1, ka2 = _turned(ka1, ka2, table_ptr, rows, CHUNK, HALF, ROTATE)
-    if SPLIT == 2:
-        kb1, kb2 = _turned(kb1, kb2, table_ptr, rows + BLOCK, CHUNK, HALF, ROTATE)
+        pa1, pa2 = _turned(pa1, pa2, table_ptr, far, CHUNK, HALF, ROTATE)
+        if FAR == 2:
+            pb1, pb2 = _turned(pb1, pb2, table_ptr, far + FAR_KEYS, CHUNK, HALF, ROTATE)
+    ka1, ka2 = _turned(ka1, ka2, table_ptr, near, CHUNK, HALF, ROTATE)
+    if OWN == 2:
+        kb1, kb2 = _turned(kb1, kb2, table_ptr, near + NEAR_KEYS, CHUNK, HALF, ROTATE)
 
     for m in tl.static_range(SPLIT):
         i = rows + m * BLOCK
@@ -111,45 +121,35 @@ def _attend_chunk(
             y1, y2 = _turn(q1.to(tl.float32), q2.to(tl.float32), cos, sin)
             q1, q2 = y1.to(p1.dtype), y2.to(p1.dtype)
             if PARTNER:
-                column = table_ptr + CHUNK * HALF + tl.arange(0, HALF)[None, :]
-                cos, sin = tl.load(column).to(tl.float32), tl.load(column + (CHUNK + 1) * HALF).to(tl.float32)
+                cos, sin = _angles(table_ptr, tl.full([1], CHUNK, tl.int32), CHUNK, HALF)
                 y1, y2 = _turn(y1, y2, cos, tl.where(later, -sin, sin))
                 p1, p2 = y1.to(p1.dtype), y2.to(p1.dtype)
         acc = tl.zeros([BLOCK, D], tl.float32)
         top = tl.zeros([BLOCK], tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         if PARTNER:
-            acc, top, total = _visit(
-                p1, p2, kp1, kp2, vp, every[None, :] < p_left, acc, top, total, SCALE, BOUNDED, True
-            )
-        below = i[:, None] >= rows[None, :] if not MUTUAL else rows[None, :] < left
+            seen = far[None, :] < p_left
+            acc, top, total = _visit(p1, p2, pa1, pa2, pav, seen, acc, top, total, SCALE, BOUNDED, True)
+            if FAR == 2:
+                seen = far[None, :] + FAR_KEYS < p_left
+                acc, top, total = _visit(p1, p2, pb1, pb2, pbv, seen, acc, top, total, SCALE, BOUNDED, False)
+        # A tile of queries and a block of keys meet on the diagonal unless the keys end before it.
+        DIAGONAL = not MUTUAL and m * BLOCK < NEAR_KEYS
+        seen = near[None, :] < left if MUTUAL else i[:, None] >= near[None, :]
         acc, top, total = _visit(
-            q1,
-            q2,
-            ka1,
-            ka2,
-            va,
-            below,
-            acc,
-            top,
-            total,
-            SCALE,
-            BOUNDED or (m == 0 and not MUTUAL),
-            not PARTNER,
+            q1, q2, ka1, ka2, va, seen, acc, top, total, SCALE, BOUNDED or DIAGONAL, not PARTNER
         )
-        if SPLIT == 2 and (m == 1 or MUTUAL):
-            j = rows + BLOCK
-            below = i[:, None] >= j[None, :] if not MUTUAL else j[None, :] < left
+        if OWN == 2 and (MUTUAL or (m + 1) * BLOCK > NEAR_KEYS):
+            j = near + NEAR_KEYS
+            seen = j[None, :] < left if MUTUAL else i[:, None] >= j[None, :]
             acc, top, total = _visit(
-                q1, q2, kb1, kb2, vb, below, acc, top, total, SCALE, BOUNDED or not MUTUAL, False
+                q1, q2, kb1, kb2, vb, seen, acc, top, total, SCALE, BOUNDED or not MUTUAL, False
             )
-        o_ptrs = o_c + i[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
-        o = (acc / total[:, None]).to(o_c.dtype.element_ty)
+        o = acc / total[:, None]
+        _write(o_c, HEADS * D, i, left, o, D, WHOLE)
         if WHOLE:
-            tl.store(o_ptrs, o)
             tl.store(lse_c + i, top + tl.log2(total))
         else:
-            tl.store(o_ptrs, o, mask=i[:, None] < left)
             tl.store(lse_c + i, top + tl.log2(total), mask=i < left)
 
 
@@ -160,6 +160,7 @@ def chunk_forward_kernel(
     length, num_chunks, stride, turns, step,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr,
     SCALE: tl.constexpr, TOPOLOGY: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
+    OWN: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """o (B, N, H, D) and lse (B, H, N), in powers of 2. SCALE includes log2(e); WHOLE: CHUNK divides N."""
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
@@ -180,13 +181,13 @@ def chunk_forward_kernel(
         _attend_chunk(
             q_c, k_c, v_c, k_p, v_p, o_c, lse_c, table_ptr, stride_qn, stride_kn, stride_vn,
             left, length - p * CHUNK, p > c,
-            HEADS, D, CHUNK, SPLIT, SCALE, MUTUAL, ROTATE, WHOLE, True,
+            HEADS, D, CHUNK, SPLIT, OWN, FAR, SCALE, MUTUAL, ROTATE, WHOLE, True,
         )  # fmt: skip
     else:
         _attend_chunk(
             q_c, k_c, v_c, k_p, v_p, o_c, lse_c, table_ptr, stride_qn, stride_kn, stride_vn,
             left, left, False,
-            HEADS, D, CHUNK, SPLIT, SCALE, MUTUAL, ROTATE, WHOLE, False,
+            HEADS, D, CHUNK, SPLIT, OWN, FAR, SCALE, MUTUAL, ROTATE, WHOLE, False,
         )  # fmt: skip
 
 
