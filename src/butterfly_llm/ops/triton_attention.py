@@ -115,27 +115,14 @@ def _takes_chunks(x: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _chunk_rope(
+def _rope(
     chunk_size: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """cos and sin (2, chunk_size + 1, D / 2) of the positions 0..chunk_size.
-
-    For 16-bit inputs float16: its rounding, 2**-12, is below theirs.
-    """
-    kept = torch.float32 if dtype == torch.float32 else torch.float16
-    with torch.inference_mode(False):
-        positions = torch.arange(chunk_size + 1, device=device)
-        cos, sin = rope_table(positions, head_dim, theta, torch.float32)
-        return torch.stack([cos[:, 0, head_dim // 2 :], sin[:, 0, head_dim // 2 :]]).to(kept).contiguous()
-
-
-@functools.lru_cache(maxsize=16)
-def _rope(chunk_size: int, head_dim: int, theta: float | None, device: torch.device) -> Tensor:
-    """cos and sin (2, 3 * chunk_size, D / 2) float32 of the positions -chunk_size..2 * chunk_size - 1."""
+    """cos and sin (2, 3 * chunk_size, D / 2) of the positions -chunk_size..2 * chunk_size - 1."""
     with torch.inference_mode(False):
         positions = torch.arange(-chunk_size, 2 * chunk_size, device=device)
         cos, sin = rope_table(positions, head_dim, theta, torch.float32)
-        return torch.stack([cos[:, 0, head_dim // 2 :], sin[:, 0, head_dim // 2 :]]).contiguous()
+        return torch.stack([cos[:, 0, head_dim // 2 :], sin[:, 0, head_dim // 2 :]]).to(dtype).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -181,7 +168,7 @@ def _launch(
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             *tensors,
-            _rope(chunk_size, head_dim, rope_theta, device),
+            _rope(chunk_size, head_dim, rope_theta, torch.float32, device),
             *_strides(strided),
             length,
             num_chunks,
@@ -218,13 +205,15 @@ def _launch_chunks(
     """Run one kernel over every (chunk, head, batch)."""
     batch, length, num_heads, num_kv_heads, head_dim = shape
     device = tensors[0].device
+    # Half precision of the angles, 2**-12, is below the rounding of 16-bit inputs.
+    angles = torch.float32 if tensors[0].dtype == torch.float32 else torch.float16
     num_chunks = -(-length // chunk_size)
     step = stride if stride < num_chunks else 1
     turns = -(-num_chunks // step)
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         kernel[(batch * turns * step * num_heads,)](
             *tensors,
-            _chunk_rope(chunk_size, head_dim, rope_theta, tensors[0].dtype, device),
+            _rope(chunk_size, head_dim, rope_theta, angles, device),
             *_strides(strided),
             length,
             num_chunks,

@@ -23,10 +23,10 @@ def _read(x_ptr, stride_n, rows, left, D: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _angles(table_ptr, rows, CHUNK: tl.constexpr, HALF: tl.constexpr):
-    """cos and sin (rows, HALF); row CHUNK is the turn by a whole chunk."""
-    entries = table_ptr + rows[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    return tl.load(entries).to(tl.float32), tl.load(entries + (CHUNK + 1) * HALF).to(tl.float32)
+def _angles(table_ptr, positions, CHUNK: tl.constexpr, HALF: tl.constexpr):
+    """cos and sin (positions, HALF). The table (2, 3 * CHUNK, HALF) starts at position -CHUNK."""
+    entries = table_ptr + (positions + CHUNK)[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    return tl.load(entries).to(tl.float32), tl.load(entries + 3 * CHUNK * HALF).to(tl.float32)
 
 
 @triton.jit
@@ -44,10 +44,10 @@ def _key_block(k_ptr, v_ptr, stride_kn, stride_vn, rows, left, HALF: tl.constexp
 
 
 @triton.jit
-def _turned(x1, x2, table_ptr, rows, CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr):
-    """Both halves turned by their rows, in their own dtype."""
+def _turned(x1, x2, table_ptr, positions, CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr):
+    """Both halves turned by their positions, in their own dtype."""
     if ROTATE:
-        cos, sin = _angles(table_ptr, rows, CHUNK, HALF)
+        cos, sin = _angles(table_ptr, positions, CHUNK, HALF)
         y1, y2 = _turn(x1.to(tl.float32), x2.to(tl.float32), cos, sin)
         x1, x2 = y1.to(x1.dtype), y2.to(x2.dtype)
     return x1, x2
@@ -79,12 +79,12 @@ def _visit(
 
 @triton.jit
 def _attend_chunk(
-    q_c, k_c, v_c, k_p, v_p, o_c, lse_c, table_ptr, stride_qn, stride_kn, stride_vn, left, p_left, later,
+    q_c, k_c, v_c, k_p, v_p, o_c, lse_c, table_ptr, stride_qn, stride_kn, stride_vn, left, p_left, shift,
     HEADS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, OWN: tl.constexpr,
     FAR: tl.constexpr, SCALE: tl.constexpr, MUTUAL: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
     PARTNER: tl.constexpr,
 ):  # fmt: skip
-    """All queries of a chunk. later: the partner comes after the chunk."""
+    """All queries of a chunk. shift: what a query's position gains against the partner's keys."""
     HALF: tl.constexpr = D // 2
     BLOCK: tl.constexpr = CHUNK // SPLIT
     NEAR_KEYS: tl.constexpr = CHUNK // OWN
@@ -121,8 +121,8 @@ def _attend_chunk(
             y1, y2 = _turn(q1.to(tl.float32), q2.to(tl.float32), cos, sin)
             q1, q2 = y1.to(p1.dtype), y2.to(p1.dtype)
             if PARTNER:
-                cos, sin = _angles(table_ptr, tl.full([1], CHUNK, tl.int32), CHUNK, HALF)
-                y1, y2 = _turn(y1, y2, cos, tl.where(later, -sin, sin))
+                cos, sin = _angles(table_ptr, tl.zeros([1], tl.int32) + shift, CHUNK, HALF)
+                y1, y2 = _turn(y1, y2, cos, sin)
                 p1, p2 = y1.to(p1.dtype), y2.to(p1.dtype)
         acc = tl.zeros([BLOCK, D], tl.float32)
         top = tl.zeros([BLOCK], tl.float32)
@@ -145,7 +145,7 @@ def _attend_chunk(
             acc, top, total = _visit(
                 q1, q2, kb1, kb2, vb, seen, acc, top, total, SCALE, BOUNDED or not MUTUAL, False
             )
-        o = acc / total[:, None]
+        o = acc * (1.0 / total)[:, None]
         _write(o_c, HEADS * D, i, left, o, D, WHOLE)
         if WHOLE:
             tl.store(lse_c + i, top + tl.log2(total))
@@ -180,33 +180,26 @@ def chunk_forward_kernel(
     if exists:
         _attend_chunk(
             q_c, k_c, v_c, k_p, v_p, o_c, lse_c, table_ptr, stride_qn, stride_kn, stride_vn,
-            left, length - p * CHUNK, p > c,
+            left, length - p * CHUNK, tl.where(p < c, CHUNK, -CHUNK),
             HEADS, D, CHUNK, SPLIT, OWN, FAR, SCALE, MUTUAL, ROTATE, WHOLE, True,
         )  # fmt: skip
     else:
         _attend_chunk(
             q_c, k_c, v_c, k_p, v_p, o_c, lse_c, table_ptr, stride_qn, stride_kn, stride_vn,
-            left, left, False,
+            left, left, 0,
             HEADS, D, CHUNK, SPLIT, OWN, FAR, SCALE, MUTUAL, ROTATE, WHOLE, False,
         )  # fmt: skip
 
 
 @triton.jit
 def _turned_queries(
-    q_ptr, stride_n, i, left, table_ptr, turns,
+    q_ptr, stride_n, i, left, table_ptr, shift,
     CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of queries turned by i and `turns` (-1, 0 or 1, a tensor) whole chunks more."""
+    """Both halves of queries turned by i + shift, in their own dtype."""
     q1 = _read(q_ptr, stride_n, i, left, HALF, WHOLE)
     q2 = _read(q_ptr + HALF, stride_n, i, left, HALF, WHOLE)
-    if ROTATE:
-        cos, sin = _angles(table_ptr, i, CHUNK, HALF)
-        y1, y2 = _turn(q1.to(tl.float32), q2.to(tl.float32), cos, sin)
-        if turns is not None:
-            cos, sin = _angles(table_ptr, tl.full([1], CHUNK, tl.int32), CHUNK, HALF)
-            y1, y2 = _turn(y1, y2, cos, sin * turns)
-        q1, q2 = y1.to(q1.dtype), y2.to(q2.dtype)
-    return q1, q2
+    return _turned(q1, q2, table_ptr, i + shift, CHUNK, HALF, ROTATE)
 
 
 @triton.jit
@@ -261,9 +254,9 @@ def _store_gradient(
     if ROTATE:
         # ".ca" is the default caching. Naming it keeps the compiler from merging these loads with earlier
         # equal ones, which would hold the angles in registers all the way.
-        entries = table_ptr + rows[:, None] * HALF + tl.arange(0, HALF)[None, :]
+        entries = table_ptr + (rows + CHUNK)[:, None] * HALF + tl.arange(0, HALF)[None, :]
         cos = tl.load(entries, cache_modifier=".ca").to(tl.float32)
-        sin = tl.load(entries + (CHUNK + 1) * HALF, cache_modifier=".ca").to(tl.float32)
+        sin = tl.load(entries + 3 * CHUNK * HALF, cache_modifier=".ca").to(tl.float32)
         x1, x2 = _turn(x1, x2, cos, -sin)
     _write(x_c, stride_n, rows, left, x1, HALF, WHOLE)
     _write(x_c + HALF, stride_n, rows, left, x2, HALF, WHOLE)
@@ -280,7 +273,7 @@ def _write(x_c, stride_n, rows, left, x, D: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def _reader_side(
-    k1, k2, v, q_r, o_r, do_r, lse_r, table_ptr, stride_qn, stride_gn, queries, left, turns,
+    k1, k2, v, q_r, o_r, do_r, lse_r, table_ptr, stride_qn, stride_gn, queries, left, shift,
     HEADS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, READ: tl.constexpr,
     SCALE: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -294,7 +287,7 @@ def _reader_side(
     dv = tl.zeros([BLOCK, D], tl.float32)
     for t in range(0, queries, READ):
         i = t + tl.arange(0, READ)
-        q1, q2 = _turned_queries(q_r, stride_qn, i, left, table_ptr, turns, CHUNK, HALF, ROTATE, WHOLE)
+        q1, q2 = _turned_queries(q_r, stride_qn, i, left, table_ptr, shift, CHUNK, HALF, ROTATE, WHOLE)
         do = _read(do_r, stride_gn, i, left, D, WHOLE)
         delta = _delta(do, o_r, i, left, HEADS, D, WHOLE)
         lse = _row(lse_r, i, left, WHOLE)
@@ -305,7 +298,7 @@ def _reader_side(
 @triton.jit
 def _query_phase(
     q_c, k_c, v_c, k_p, v_p, o_c, do_c, lse_c, table_ptr, stride_qn, stride_kn, stride_vn, stride_gn,
-    left, p_left, turns,
+    left, p_left, shift,
     HEADS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, SCALE: tl.constexpr,
     MUTUAL: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
     OWN: tl.constexpr, PARTNER: tl.constexpr,
@@ -340,17 +333,17 @@ def _query_phase(
         dq1 = tl.zeros([BLOCK, HALF], tl.float32)
         dq2 = tl.zeros([BLOCK, HALF], tl.float32)
         if PARTNER:
-            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, turns, CHUNK, HALF, ROTATE, WHOLE)
+            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, shift, CHUNK, HALF, ROTATE, WHOLE)
             seen = rows[None, :] < p_left
             dq1, dq2 = _query_side(q1, q2, do, lse, delta, pa1, pa2, pav, seen, dq1, dq2, SCALE, BOUNDED)
             if SPLIT == 2:
                 seen = j[None, :] < p_left
                 dq1, dq2 = _query_side(q1, q2, do, lse, delta, pb1, pb2, pbv, seen, dq1, dq2, SCALE, BOUNDED)
             if ROTATE:
-                cos, sin = _angles(table_ptr, tl.full([1], CHUNK, tl.int32), CHUNK, HALF)
-                dq1, dq2 = _turn(dq1, dq2, cos, -sin * turns)
+                cos, sin = _angles(table_ptr, tl.zeros([1], tl.int32) + shift, CHUNK, HALF)
+                dq1, dq2 = _turn(dq1, dq2, cos, -sin)
         if OWN:
-            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, None, CHUNK, HALF, ROTATE, WHOLE)
+            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE, WHOLE)
             seen = rows[None, :] < left if MUTUAL else i[:, None] >= rows[None, :]
             dq1, dq2 = _query_side(
                 q1,
@@ -433,12 +426,12 @@ def chunk_backward_kernel(
         k1, k2 = _turned(k1, k2, table_ptr, j, CHUNK, HALF, ROTATE)
         dk1, dk2, dv = _reader_side(
             k1, k2, v, r_q, r_o, r_do, r_lse, table_ptr, stride_qn, stride_gn,
-            tl.where(has_reader, CHUNK, 0), length - r * CHUNK, tl.where(r > c, 1.0, -1.0),
+            tl.where(has_reader, CHUNK, 0), length - r * CHUNK, tl.where(r > c, CHUNK, -CHUNK),
             HEADS, D, CHUNK, BLOCK, READ, SCALE, ROTATE, WHOLE,
         )  # fmt: skip
         for m in tl.static_range(0 if MUTUAL else n, SPLIT):
             i = rows + m * BLOCK
-            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, None, CHUNK, HALF, ROTATE, WHOLE)
+            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE, WHOLE)
             do = _read(do_c, stride_gn, i, left, D, WHOLE)
             delta = _delta(do, o_c, i, left, HEADS, D, WHOLE)
             lse = _row(lse_c, i, left, WHOLE)
@@ -461,11 +454,11 @@ def chunk_backward_kernel(
         k_p = _chunk_pointer(k_ptr, batch, head, p, stride_kb, stride_kn, stride_kh, CHUNK)
         v_p = _chunk_pointer(v_ptr, batch, head, p, stride_vb, stride_vn, stride_vh, CHUNK)
         p_left = length - p * CHUNK
-        turned = tl.where(p < c, 1.0, -1.0)
+        shift = tl.where(p < c, CHUNK, -CHUNK)
         if has_partner:
             a1, a2, b1, b2 = _query_phase(
                 q_c, k_c, v_c, k_p, v_p, o_c, do_c, lse_c, table_ptr,
-                stride_qn, stride_kn, stride_vn, stride_gn, left, p_left, turned,
+                stride_qn, stride_kn, stride_vn, stride_gn, left, p_left, shift,
                 HEADS, D, CHUNK, SPLIT, SCALE, MUTUAL, ROTATE, WHOLE, not FUSED, True,
             )  # fmt: skip
             dqa1 += a1
@@ -475,7 +468,7 @@ def chunk_backward_kernel(
         elif not FUSED:
             a1, a2, b1, b2 = _query_phase(
                 q_c, k_c, v_c, k_p, v_p, o_c, do_c, lse_c, table_ptr,
-                stride_qn, stride_kn, stride_vn, stride_gn, left, p_left, turned,
+                stride_qn, stride_kn, stride_vn, stride_gn, left, p_left, shift,
                 HEADS, D, CHUNK, SPLIT, SCALE, MUTUAL, ROTATE, WHOLE, True, False,
             )  # fmt: skip
             dqa1 += a1
