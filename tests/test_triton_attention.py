@@ -181,6 +181,7 @@ def test_whole_chunks_match_the_reference(
         ChunkTiles(1, own=1, far=1),
         ChunkTiles(1, own=2, far=2, parts=("all",)),
         ChunkTiles(2, own=2, far=2, read=16, parts=("all",)),
+        ChunkTiles(2, read=16, once=True),
         ChunkTiles(2, own=1, far=1, read=16, parts=("keys", "queries")),
     ],
     ids=str,

@@ -55,6 +55,7 @@ BACKWARD: dict[str, Variant] = {
     "tiled": {"tiles": None},
     "fused 2 w4 read 64": {"split": 2, "read": 64},
     "fused 2 w4 read 32": {"split": 2, "read": 32},
+    "fused 2 w4 read 32 once": {"split": 2, "read": 32, "once": True},
     "fused 1 w8 read 64": {"split": 1, "num_warps": 8, "read": 64},
     "fused 1 w8 read 32": {"split": 1, "num_warps": 8, "read": 32},
     "all 2 w4 read 32": {"split": 2, "read": 32, "parts": ("all",)},
@@ -191,6 +192,26 @@ def backward_ms(backward: str, length: int, stride: int, rotate: bool) -> float:
         lambda: torch.ops.butterfly.attention_bwd(grad, q, k, v, o, lse, *options.values()),
         inside=4 if length <= SHORT else 1,
     )
+
+
+def traffic_ms(length: int, stride: int, partner: bool) -> float:
+    """The forward pass without its arithmetic: what the access pattern allows."""
+    from butterfly_llm.bench.traffic_kernel import traffic_kernel
+
+    q, k, v = (x.detach() for x in views(length))
+    o = torch.empty(1, length, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    chunks = length // CHUNK
+    step = stride if stride < chunks else 1
+    turns = -(-chunks // step)
+    grid = (turns * step * HEADS,)
+
+    def launch() -> None:
+        traffic_kernel[grid](
+            q, k, v, o, 0, q.stride(1), q.stride(2), length, chunks, stride, turns, step,
+            HEADS=HEADS, D=HEAD_DIM, CHUNK=CHUNK, PARTNER=partner,
+        )  # fmt: skip
+
+    return replay_ms(launch, inside=8 if length <= SHORT else 1)
 
 
 def time_attention(attend: Attention, inputs: list[Tensor]) -> dict[str, float]:
@@ -378,6 +399,9 @@ def _measure(report: Report, quick: bool) -> None:
     for pair, seconds in zip(pairs, compiled, strict=True):
         report.add("first run, seconds", " + ".join(pair), seconds)
     ceiling = report.add("ceilings", "measured", report.ask(30, "ceilings"))
+    for partner in (False, True):
+        name = "own and partner" if partner else "own chunk"
+        report.add("traffic 64k, ms", name, report.ask(20, "traffic_ms", SHORT, STRIDE, partner))
     for name in forwards:
         report.add("error", name, report.ask(30, "errors", name, SHIPPED[1]))
     for name in backwards:

@@ -68,6 +68,7 @@ class ChunkTiles:
     own: int = 2  # forward: blocks of keys in the own chunk
     far: int = 1  # forward: blocks of keys in the partner
     read: int = 32  # backward: queries of the reader taken at a time
+    once: bool = False  # backward: the reader's queries meet both tiles of keys at once
     parts: tuple[str, ...] = ("fused",)  # backward: one launch each; or ("all",), or ("keys", "queries")
     registers: int | None = None  # the most a thread may use; None: what the compiler finds best
 
@@ -304,7 +305,7 @@ def _backward(
         kernel = triton_chunk_kernels.chunk_backward_kernel
         tensors = [q, k, v, o, grad, lse, dq, dk, dv]
         for part in cut.parts:
-            constants: dict[str, Any] = {"PART": part, "READ": min(cut.read, chunk_size)}
+            constants: dict[str, Any] = {"PART": part, "READ": min(cut.read, chunk_size), "ONCE": cut.once}
             _launch_chunks(kernel, cut, tensors, [q, k, v, grad], shape, **options, **constants)
         return dq, dk, dv
     delta = torch.empty_like(lse)

@@ -296,6 +296,35 @@ def _reader_side(
 
 
 @triton.jit
+def _reader_side_twice(
+    ka1, ka2, va, kb1, kb2, vb, q_r, o_r, do_r, lse_r, table_ptr, stride_qn, stride_gn, queries, left, shift,
+    HEADS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, READ: tl.constexpr,
+    SCALE: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """`_reader_side` of both tiles of keys, which reads the queries once and keeps twice the sums."""
+    HALF: tl.constexpr = D // 2
+    dka1 = tl.zeros([BLOCK, HALF], tl.float32)
+    dka2 = tl.zeros([BLOCK, HALF], tl.float32)
+    dva = tl.zeros([BLOCK, D], tl.float32)
+    dkb1 = tl.zeros([BLOCK, HALF], tl.float32)
+    dkb2 = tl.zeros([BLOCK, HALF], tl.float32)
+    dvb = tl.zeros([BLOCK, D], tl.float32)
+    for t in range(0, queries, READ):
+        i = t + tl.arange(0, READ)
+        q1, q2 = _turned_queries(q_r, stride_qn, i, left, table_ptr, shift, CHUNK, HALF, ROTATE, WHOLE)
+        do = _read(do_r, stride_gn, i, left, D, WHOLE)
+        delta = _delta(do, o_r, i, left, HEADS, D, WHOLE)
+        lse = _row(lse_r, i, left, WHOLE)
+        _da, dka1, dka2, dva = _key_side(
+            ka1, ka2, va, q1, q2, do, lse, delta, True, dka1, dka2, dva, SCALE, False
+        )
+        _db, dkb1, dkb2, dvb = _key_side(
+            kb1, kb2, vb, q1, q2, do, lse, delta, True, dkb1, dkb2, dvb, SCALE, False
+        )
+    return dka1, dka2, dva, dkb1, dkb2, dvb
+
+
+@triton.jit
 def _query_phase(
     q_c, k_c, v_c, k_p, v_p, o_c, do_c, lse_c, table_ptr, stride_qn, stride_kn, stride_vn, stride_gn,
     left, p_left, shift,
@@ -378,7 +407,7 @@ def chunk_backward_kernel(
     length, num_chunks, stride, turns, step,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr,
     SCALE: tl.constexpr, TOPOLOGY: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
-    PART: tl.constexpr, READ: tl.constexpr,
+    PART: tl.constexpr, READ: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and dv (B, N, H, D) of one chunk from three blocks of scores: its queries with its own keys, its
     queries with the partner's keys, and its keys with the reader's queries. One key-value head per head.
@@ -389,6 +418,7 @@ def chunk_backward_kernel(
     tl.static_assert(GROUP == 1)
     FUSED: tl.constexpr = PART == "fused"
     KEYS: tl.constexpr = PART != "queries"
+    BOTH: tl.constexpr = ONCE and SPLIT == 2 and KEYS
     HALF: tl.constexpr = D // 2
     BLOCK: tl.constexpr = CHUNK // SPLIT
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
@@ -420,15 +450,30 @@ def chunk_backward_kernel(
     dqa2 = tl.zeros([BLOCK, HALF], tl.float32)
     dqb1 = tl.zeros([BLOCK, HALF], tl.float32)
     dqb2 = tl.zeros([BLOCK, HALF], tl.float32)
-    for n in tl.static_range(SPLIT - 1 if KEYS else -1, -1, -1):
-        j = rows + n * BLOCK
-        k1, k2, v = _key_block(k_c, v_c, stride_kn, stride_vn, j, left, HALF, WHOLE)
-        k1, k2 = _turned(k1, k2, table_ptr, j, CHUNK, HALF, ROTATE)
-        dk1, dk2, dv = _reader_side(
-            k1, k2, v, r_q, r_o, r_do, r_lse, table_ptr, stride_qn, stride_gn,
+    if BOTH:
+        ka1, ka2, va = _key_block(k_c, v_c, stride_kn, stride_vn, rows, left, HALF, WHOLE)
+        kb1, kb2, vb = _key_block(k_c, v_c, stride_kn, stride_vn, rows + BLOCK, left, HALF, WHOLE)
+        ka1, ka2 = _turned(ka1, ka2, table_ptr, rows, CHUNK, HALF, ROTATE)
+        kb1, kb2 = _turned(kb1, kb2, table_ptr, rows + BLOCK, CHUNK, HALF, ROTATE)
+        dka1, dka2, dva, dkb1, dkb2, dvb = _reader_side_twice(
+            ka1, ka2, va, kb1, kb2, vb, r_q, r_o, r_do, r_lse, table_ptr, stride_qn, stride_gn,
             tl.where(has_reader, CHUNK, 0), length - r * CHUNK, tl.where(r > c, CHUNK, -CHUNK),
             HEADS, D, CHUNK, BLOCK, READ, SCALE, ROTATE, WHOLE,
         )  # fmt: skip
+    for n in tl.static_range(SPLIT - 1 if KEYS else -1, -1, -1):
+        j = rows + n * BLOCK
+        if not BOTH:
+            k1, k2, v = _key_block(k_c, v_c, stride_kn, stride_vn, j, left, HALF, WHOLE)
+            k1, k2 = _turned(k1, k2, table_ptr, j, CHUNK, HALF, ROTATE)
+            dk1, dk2, dv = _reader_side(
+                k1, k2, v, r_q, r_o, r_do, r_lse, table_ptr, stride_qn, stride_gn,
+                tl.where(has_reader, CHUNK, 0), length - r * CHUNK, tl.where(r > c, CHUNK, -CHUNK),
+                HEADS, D, CHUNK, BLOCK, READ, SCALE, ROTATE, WHOLE,
+            )  # fmt: skip
+        elif n == 0:
+            k1, k2, v, dk1, dk2, dv = ka1, ka2, va, dka1, dka2, dva
+        else:
+            k1, k2, v, dk1, dk2, dv = kb1, kb2, vb, dkb1, dkb2, dvb
         for m in tl.static_range(0 if MUTUAL else n, SPLIT):
             i = rows + m * BLOCK
             q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE, WHOLE)
