@@ -83,8 +83,9 @@ def load_pretrained(path: str | Path | None = None, *, device: str | torch.devic
             f"the model in {folder.path.name}",
             "use a smaller model or another device",
         )
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):
         model = Butterfly(config)
+    model.to_empty(device="cpu")  # `copy_weights` fills every parameter, or refuses
     copy_weights(model, folder.weights(dtype), source=str(folder.path))
     return model.to(device)
 

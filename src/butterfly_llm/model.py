@@ -202,7 +202,11 @@ class Butterfly(nn.Module):
         self._numpy: numpy_step.Weights | None = None
         self.prefill_slice = 2048  # characters per pass through the layers in `prefill`
         has_carry = config.carry_size > 0
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            _weight=torch.empty(config.vocab_size, config.hidden_size),
+        )
         self.embed_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(
             Layer(config, reads_carry=has_carry and self._reads_carry(route.stage)) for route in self.routes
@@ -213,7 +217,8 @@ class Butterfly(nn.Module):
         self.merges = nn.ModuleList(CarryMerge(config) for _ in range(merges))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        nn.init.normal_(self.embed.weight)
+        if not self.embed.weight.is_meta:  # where normal_ would import torch's compiler, which takes a second
+            nn.init.normal_(self.embed.weight)
         nn.init.zeros_(self.head.weight)
         self._write: Callable[[CarryWrite, Tensor], Tensor] = CarryWrite.forward
         self._merge: Callable[[CarryMerge, Tensor, Tensor], Tensor] = CarryMerge.forward
