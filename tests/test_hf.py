@@ -8,6 +8,8 @@ import math
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import butterfly_llm.cache
@@ -304,6 +307,25 @@ def test_saved_and_loaded_by_the_auto_classes(model, hf, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)("ab").input_ids == [97, 98]
     assert loaded.get_input_embeddings() is loaded.model.embed
     assert loaded.get_output_embeddings() is loaded.model.head
+
+
+def test_what_is_pushed_to_the_hub_is_a_whole_model(hf, tmp_path, monkeypatch):
+    """Both uploads, kept in a folder instead, load by the Auto classes."""
+
+    def keep(self, *, operations, **_):
+        for operation in operations:
+            (tmp_path / operation.path_in_repo).write_bytes(Path(operation.path_or_fileobj).read_bytes())
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "create_commit", keep)
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("# A model\n"))
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+    hf.push_to_hub("someone/butterfly")
+    make_tokenizer().push_to_hub("someone/butterfly")
+    ids = text(20)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, hf(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path)("ab").input_ids == [97, 98]
+    assert (tmp_path / "README.md").exists() and (tmp_path / "generation_config.json").exists()
 
 
 def test_the_tokenizer_folder_needs_no_import_of_ours(hf, tmp_path):
