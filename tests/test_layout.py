@@ -39,6 +39,7 @@ OPTIONAL = (
 EXTRAS = (
     "ops/triton_kernels.py",
     "ops/triton_chunk_kernels.py",
+    "ops/triton_step_kernel.py",
     "bench/traffic_kernel.py",
     "hf.py",
     "serve.py",

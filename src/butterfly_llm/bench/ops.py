@@ -28,7 +28,7 @@ from torch import Tensor
 from butterfly_llm.bench import run
 from butterfly_llm.bench.isolate import Worker, all_at_once, one_line
 from butterfly_llm.ops import triton_attention
-from butterfly_llm.ops.portable import butterfly_attention_portable
+from butterfly_llm.ops.portable import butterfly_attention_portable, step_attention
 from butterfly_llm.ops.reference import butterfly_attention_reference
 from butterfly_llm.ops.triton_attention import ChunkTiles, Tiles, butterfly_attention_triton
 
@@ -324,6 +324,30 @@ def beyond_int32(forward: str, backward: str) -> dict[str, Any]:
     return {"elements": length * HEADS * HEAD_DIM, "equal": equal}
 
 
+def step(batch: int) -> dict[str, float]:
+    """One decoding step of `batch` streams in microseconds, and its error against float64."""
+    from butterfly_llm.ops.triton_step import step_attention_triton
+
+    torch.manual_seed(batch)
+    shape = (batch, HEADS, 3, CHUNK, HEAD_DIM)
+    ring = (torch.randn(shape, device="cuda").bfloat16(), torch.randn(shape, device="cuda").bfloat16())
+    q, k, v = (torch.randn(batch, HEADS, HEAD_DIM, device="cuda").bfloat16() for _ in range(3))
+    options: dict[str, Any] = {"stride": 2, "topology": "shift", "rope_theta": 10000.0}
+    at = 5 * CHUNK + 77
+    position = torch.full((batch,), at, device="cuda")
+    want = step_attention(
+        q.double(), k.double(), v.double(), (ring[0].clone(), ring[1].clone()), position=at, **options
+    )
+    got = step_attention_triton(q, k, v, ring, position=position, **options)
+    return {
+        "error": ((got.double() - want).square().mean() / want.square().mean()).sqrt().item(),
+        "kernel_us": 1e3
+        * replay_ms(lambda: step_attention_triton(q, k, v, ring, position=position, **options), inside=50),
+        "portable_us": 1e3
+        * replay_ms(lambda: step_attention(q, k, v, ring, position=at, **options), inside=20),
+    }
+
+
 class Report:
     """What is known so far; printed and, with a path, saved after every part."""
 
@@ -426,6 +450,8 @@ def _measure(report: Report, quick: bool) -> None:
         if length == SHORT:
             report.add(section, "full causal", report.ask(15, "full_causal", length))
         report.worker.ask(5, "free")
+    for batch in (1, 64):
+        report.add("step", f"{batch} streams", report.ask(20, "step", batch))
     report.add("properties", "repeats", report.ask(20, "repeats", forward, backward))
     if quick:
         return

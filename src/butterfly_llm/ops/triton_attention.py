@@ -116,7 +116,7 @@ def _takes_chunks(x: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _rope(
+def rope_angles(
     chunk_size: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """cos and sin (2, 3 * chunk_size, D / 2) of the positions -chunk_size..2 * chunk_size - 1."""
@@ -169,7 +169,7 @@ def _launch(
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             *tensors,
-            _rope(chunk_size, head_dim, rope_theta, torch.float32, device),
+            rope_angles(chunk_size, head_dim, rope_theta, torch.float32, device),
             *_strides(strided),
             length,
             num_chunks,
@@ -214,7 +214,7 @@ def _launch_chunks(
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         kernel[(batch * turns * step * num_heads,)](
             *tensors,
-            _rope(chunk_size, head_dim, rope_theta, angles, device),
+            rope_angles(chunk_size, head_dim, rope_theta, angles, device),
             *_strides(strided),
             length,
             num_chunks,
