@@ -1,6 +1,7 @@
 """Benchmarks: a table and one JSON object, by the command and by the module, options refused in one line."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from butterfly_llm.bench import BENCHES
-from butterfly_llm.checkpoint import save_model
+from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.cli import main
 from butterfly_llm.config import ButterflyConfig
 from conftest import random_model
@@ -62,6 +63,25 @@ def test_stream_with_json_leaves_stdout_to_the_object(run, checkpoint, monkeypat
     assert result["rows"][-1]["bytes"] == random_model(ButterflyConfig.preset("micro")).new_cache().nbytes
 
 
+def test_rings_agree_with_forward_and_shrink(run, checkpoint, tmp_path):
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 2)
+    (tmp_path / "b").write_bytes(b"Some text. " * 40)
+    code, out, _ = run("rings", tmp_path / "a", tmp_path / "b", "--chars", 300, "--model", checkpoint)
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0 and result["texts"] == {"a": 300, "b": 300}
+    model = load_pretrained(checkpoint)
+    bits = []
+    for name in ("a", "b"):
+        ids = torch.tensor([list((tmp_path / name).read_bytes()[:300])])
+        bits.append(model.loss(ids[:, :-1], ids[:, 1:]).item() / math.log(2))
+    exact, half, eight = result["rows"]
+    assert exact["texts"] == pytest.approx(bits, rel=1e-4)
+    assert exact["bits_per_char"] == pytest.approx(sum(bits) / 2, rel=1e-4)
+    assert 0 < abs(half["bits_per_char"] - exact["bits_per_char"]) < 0.05
+    assert 0 < abs(eight["bits_per_char"] - exact["bits_per_char"]) < 0.05
+    assert exact["bytes"] == 2 * half["bytes"] and exact["bytes"] > eight["bytes"]
+
+
 def test_the_modules_run_where_only_torch_is_installed():
     program = (
         "import sys\nfor name in ('tyro', 'rich'): sys.modules[name] = None\n"
@@ -85,7 +105,10 @@ def test_ops_without_a_gpu_is_one_line(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian", "unknown benchmark 'trian' (did you mean 'train'?): there are ops, stream, train"),
+        ("trian", "unknown benchmark 'trian' (did you mean 'train'?): there are ops, rings, stream, train"),
+        ("rings", "the following arguments are required: files"),
+        ("rings nosuch", "nosuch"),
+        ("rings README --chars 1", "--chars must be at least 2"),
         ("stream --lenghts 3", "unrecognized arguments: --lenghts 3 (did you mean --lengths?)"),
         ("stream --lengths 0", "--lengths and --steps must be at least 1"),
         ("stream --model nosuch", "nosuch: no such checkpoint"),
@@ -93,7 +116,7 @@ def test_ops_without_a_gpu_is_one_line(run):
         ("train --preset smal", "unknown preset 'smal' (did you mean 'small'?)"),
         ("train --backends tritn", "invalid choice: 'tritn'"),
         ("train --chars 10 --lengths 11", "--lengths from 1 to --chars"),
-        ("", "{ops,stream,train}"),
+        ("", "{ops,rings,stream,train}"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(run, arguments, message):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.data import Corpus, prepare
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import Muon, Optimizers, learning_rate, length_at, progress_at
-from butterfly_llm.train import TrainingDiverged, TrainResult, estimate_train_bytes, load_run, main, train
+from butterfly_llm.train import TrainingDiverged, TrainResult, load_run, main, train, training_load
 from conftest import random_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -393,22 +394,27 @@ def test_a_line_of_metrics_is_the_mean_since_the_last(settings: TrainConfig) -> 
     assert [line["chars"] for line in lines] == [1024, 2048] and result.chars == 2048
 
 
-def test_recomputed_activations_give_the_same_run(settings: TrainConfig) -> None:
+def test_recomputed_activations_give_the_same_run(
+    settings: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = train(settings, NANO)
-    config = change(settings, gradient_checkpointing=True, deterministic=True, out=settings.out + "2")
-    try:
-        assert train(config, NANO).losses == pytest.approx(plain.losses, rel=1e-5)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    for mode, deterministic in (("layer", True), ("nested", False)):
+        config = change(settings, gradient_checkpointing=mode, deterministic=deterministic)
+        try:
+            again = train(change(config, out=settings.out + mode), NANO)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert again.losses == pytest.approx(plain.losses, rel=1e-5)
+        assert re.search(
+            rf"of memory: .*layers are recomputed .*checkpointing {mode}\)", capsys.readouterr().err
+        )
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_memory_estimate_is_near_what_is_kept(settings: TrainConfig, recompute: bool) -> None:
+def test_the_memory_estimate_is_near_what_is_kept(settings: TrainConfig) -> None:
     """Against the bytes of all tensors that autograd keeps for the backward pass."""
     model_config = ButterflyConfig.preset("tiny")
-    config = change(settings, batch_chars=2048, lengths=((1.0, 1024),), gradient_checkpointing=recompute)
+    config = change(settings, batch_chars=2048, lengths=((1.0, 1024),))
     model = random_model(model_config)
-    model.gradient_checkpointing = recompute
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -420,10 +426,9 @@ def test_the_memory_estimate_is_near_what_is_kept(settings: TrainConfig, recompu
         loss = model.loss(ids, ids)
     activations = sum(kept.values()) - 4 * model.num_parameters()
     assert loss.isfinite()
-    estimate = estimate_train_bytes(config, model_config, 4)
-    fixed = estimate_train_bytes(change(config, batch_chars=1, lengths=((1.0, 1),)), model_config, 4)
-    # Recomputing keeps little, but one layer at a time is whole again in the backward pass.
-    assert 0.7 < (estimate - fixed) / activations < (3 if recompute else 1.4)
+    load = training_load(config, model_config, "cpu", 4)
+    assert load.fixed_bytes > 12 * model.num_parameters()
+    assert 0.7 < (load.nbytes(None) - load.fixed_bytes) / activations < 1.6
 
 
 def test_what_does_not_fit_is_refused_before_it_is_made(

@@ -267,8 +267,10 @@ class TrainConfig:
     """Type of the activations; weights are always kept in float32. auto: bfloat16 on a GPU, else float32."""
     compile: bool = False
     """Compile the layers (slow first steps, then faster)."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more work."""
+    gradient_checkpointing: Literal["auto", "none", "layer", "nested"] = "auto"
+    """What the backward pass recomputes to save memory. none: nothing. layer: each layer from its input, a
+    third more work. nested: not all the inputs are kept either, up to two thirds more. auto: the first that
+    fits."""
     deterministic: bool = False
     """Use deterministic kernels only; refuses operations that have none."""
 
@@ -315,6 +317,13 @@ class TrainConfig:
                 raise ValueError(f"train: {field.name} must be a {field.type}, not {value!r}")
         if self.seed >= 2**63:
             raise ValueError(f"train: seed must be below 2**63, not {self.seed}")
+        mode: Any = self.gradient_checkpointing
+        if isinstance(mode, bool):  # as earlier versions wrote it
+            object.__setattr__(self, "gradient_checkpointing", "layer" if mode else "none")
+        elif mode not in ("auto", "none", "layer", "nested"):
+            raise ValueError(
+                f"train: gradient_checkpointing must be auto, none, layer or nested, not {mode!r}"
+            )
         if self.decay not in ("cosine", "linear"):
             raise ValueError(f"train: decay must be cosine or linear, not {self.decay!r}")
         if self.precision not in ("auto", "float32", "bfloat16"):

@@ -287,7 +287,7 @@ class ButterflyForCausalLM(PreTrainedModel, GenerationMixin):
         model = self.model
         size = model.prefill_slice
         parts = [ids[:, start : start + size] for start in range(0, ids.shape[1], size)]
-        hidden = torch.cat([model._prefill_slice(part, state) for part in parts], dim=1)
+        hidden = torch.cat([model.append(part, state) for part in parts], dim=1)
         return cast(Tensor, model.head(model.norm(hidden)).float())
 
     def prepare_inputs_for_generation(

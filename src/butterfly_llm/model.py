@@ -8,6 +8,7 @@ Shapes: B batch, N characters, d hidden size, H heads, K key-value heads, D head
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,11 @@ from butterfly_llm.ops.portable import (
     step_attention,
 )
 from butterfly_llm.ops.rope import rope_table
+from butterfly_llm.recompute import Recompute, recomputed_layer
+from butterfly_llm.routing import LayerRoute
+
+# Nothing random is run twice, so its state need not be kept.
+_CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 class Linear(nn.Linear):
@@ -115,7 +121,12 @@ class Layer(nn.Module):
         shape = x.shape[:2]
         rows = None if memory is None else memory.flatten(0, 1)
         q, k, v = (z.view(*shape, *z.shape[1:]) for z in self.project(self, x.flatten(0, 1), rows))
-        y = butterfly_attention(
+        y = self.attend(q, k, v, stride, backend)
+        return self.finish(self, x.flatten(0, 1), y.flatten(0, 1)).view(x.shape)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, stride: int, backend: Backend | None) -> Tensor:
+        """q (B, N, H, D), k and v (B, N, K, D) -> (B, N, H, D)."""
+        return butterfly_attention(
             q,
             k,
             v,
@@ -125,7 +136,13 @@ class Layer(nn.Module):
             rope_theta=self.config.rope_theta,
             backend=backend,
         )
-        return self.finish(self, x.flatten(0, 1), y.flatten(0, 1)).view(x.shape)
+
+    def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The parameters before and after the attention."""
+        after = (self.attention.out, self.feed_forward_norm, self.feed_forward)
+        finish = [parameter for module in after for parameter in module.parameters()]
+        ids = set(map(id, finish))
+        return [parameter for parameter in self.parameters() if id(parameter) not in ids], finish
 
     def stream(
         self,
@@ -198,7 +215,8 @@ class Butterfly(nn.Module):
         self.routes = routes_of(config)
         self.compute_dtype = torch.float32
         self.backend: Backend | None = None  # None: the best for the device
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # recompute in the backward pass, as `recompute` says
+        self.recompute = Recompute()
         self._numpy: numpy_step.Weights | None = None
         self.prefill_slice = 2048  # characters per pass through the layers in `prefill`
         has_carry = config.carry_size > 0
@@ -256,49 +274,68 @@ class Butterfly(nn.Module):
         run_layer: Callable[[int, Tensor, Tensor | None], Tensor],
         run_merge: Callable[[int, int, Tensor], Tensor],
         run_write: Callable[[int, Tensor], Tensor],
-    ) -> Tensor:
-        """Through all layers with the carry: written at the start of a pass, merged after each level.
+        routes: Sequence[LayerRoute],
+        scan: Tensor | None = None,
+        finished: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Through the layers of `routes` with the carry: written as a pass starts, merged after each level.
 
         The first pass reads the scan in progress, later passes the finished scan of the pass before, and
-        the refinement layers the last finished one.
+        the refinement layers the last finished one. Both scans go in and come out.
         """
-        scan: Tensor | None = None
-        finished: Tensor | None = None
-        merge_index = 0
-        for route in self.routes:
+        for route in routes:
             if len(self.writes) and route.starts_pass:
                 scan = run_write(route.pass_index, x)
             x = run_layer(route.index, x, scan if finished is None or route.pass_index == 0 else finished)
             if scan is not None and route.stage == "butterfly":
-                scan = run_merge(route.index, merge_index, scan)
-                merge_index += 1
+                scan = run_merge(route.index, route.index - self.config.num_local_layers, scan)
                 if route.ends_pass:
                     finished = scan
-        return x
+        return x, scan, finished
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, N) -> normalised hidden states (B, N, d) in the compute dtype."""
         if ids.ndim != 2:
             raise ValueError(f"ids must be (batch, characters), not {tuple(ids.shape)}")
-        config = self.config
+        config, rows = self.config, self.recompute.slice_rows
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        first_whole = len(self.routes) - self.recompute.whole
+        # Slices also bound the workspace of long texts that are only read.
+        slicing = recompute or (not torch.is_grad_enabled() and ids.numel() > rows)
 
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
-            arguments = (x, memory, self.routes[index].stride, self.backend)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                return cast(Tensor, checkpoint(self.layers[index], *arguments, use_reentrant=False))
-            return cast(Tensor, self.layers[index](*arguments))
+            layer, stride = cast(Layer, self.layers[index]), self.routes[index].stride
+            if slicing and not (recompute and index >= first_whole):
+                return recomputed_layer(layer, x, memory, stride, self.backend, rows)
+            return cast(Tensor, layer(x, memory, stride, self.backend))
 
-        def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
+        def kept(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            """`run`, of which only the inputs are kept where layers are recomputed."""
+            return partial(checkpoint, run, **_CHECKPOINT) if recompute else run
+
+        def merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
             partner = partner_rows(scan, self.routes[index].stride, config.routing, config.chunk_size)
-            merge = cast(CarryMerge, self.merges[merge_index])
-            merged = self._merge(merge, scan.flatten(0, 1), partner.flatten(0, 1))
+            module = cast(CarryMerge, self.merges[merge_index])
+            merged = self._merge(module, scan.flatten(0, 1), partner.flatten(0, 1))
             return merged.view(scan.shape)
 
-        def run_write(index: int, x: Tensor) -> Tensor:
-            write = cast(CarryWrite, self.writes[index])
-            return self._write(write, x.flatten(0, 1)).view(*x.shape[:2], -1)
+        def write(index: int, x: Tensor) -> Tensor:
+            module = cast(CarryWrite, self.writes[index])
+            return self._write(module, x.flatten(0, 1)).view(*x.shape[:2], -1)
 
-        return cast(Tensor, self.norm(self._walk(self._embed(ids), run_layer, run_merge, run_write)))
+        walk = partial(self._walk, run_layer=run_layer, run_merge=kept(merge), run_write=kept(write))
+        segments = self.recompute.segments(len(self.routes)) if recompute else [(0, len(self.routes))]
+        state: tuple[Tensor, Tensor | None, Tensor | None] = self._embed(ids), None, None
+        for start, stop in segments:
+
+            def run(
+                x: Tensor, scan: Tensor | None, finished: Tensor | None, start: int = start, stop: int = stop
+            ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+                return walk(x, routes=self.routes[start:stop], scan=scan, finished=finished)
+
+            last = stop == len(self.routes)
+            state = run(*state) if last else checkpoint(run, *state, **_CHECKPOINT)
+        return cast(Tensor, self.norm(state[0]))
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, N) integers, any N >= 1 -> logits (B, N, 256) float32."""
@@ -344,14 +381,14 @@ class Butterfly(nn.Module):
             # End slices on chunk boundaries, so that only the first and the last are ragged.
             count = self.prefill_slice - (cache.position % self.config.chunk_size)
             part = ids[:, done : done + max(1, count)]
-            x = self._prefill_slice(part, cache)
+            x = self.append(part, cache)
             done += part.shape[1]
             if progress is not None:
                 progress(done)
         cache.logits = cast(Tensor, self.head(self.norm(x[:, -1])).float())
         return cache.logits
 
-    def _prefill_slice(self, ids: Tensor, cache: Cache) -> Tensor:
+    def append(self, ids: Tensor, cache: Cache) -> Tensor:
         """Append ids (B, T) at once -> hidden states (B, T, d), before the last norm."""
         cache.begin()
         x = self._stream(ids, cache.position, cache.rings(), prefill_attention, partner_rows_prefill)
@@ -381,7 +418,7 @@ class Butterfly(nn.Module):
         def run_write(index: int, x: Tensor) -> Tensor:
             return cast(Tensor, self.writes[index](x))
 
-        return self._walk(self._embed(ids), run_layer, run_merge, run_write)
+        return self._walk(self._embed(ids), run_layer, run_merge, run_write, self.routes)[0]
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: Cache) -> Tensor:

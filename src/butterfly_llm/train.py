@@ -40,8 +40,10 @@ from butterfly_llm.config import ButterflyConfig, SamplingConfig, TrainConfig
 from butterfly_llm.data import Corpus, check_length, sample_windows, val_windows
 from butterfly_llm.generate import generate_text
 from butterfly_llm.model import Butterfly
+from butterfly_llm.ops import default_backend
 from butterfly_llm.optim import Optimizers, learning_rate, length_at, progress_at
 from butterfly_llm.recall import curriculum
+from butterfly_llm.recompute import Load, describe
 from butterfly_llm.reporting import Reporter, plain_warnings
 from butterfly_llm.signals import StopSignals
 from butterfly_llm.text import encode
@@ -59,7 +61,9 @@ _CHANGEABLE = frozenset((
     "checkpoint_minutes", "keep", "spike_bits", "max_bad_steps", "export", "micro_chars", "compile",
     "gradient_checkpointing", "deterministic", "track",
 ))  # fmt: skip
-_LESS_MEMORY = "lower micro_chars, switch gradient_checkpointing on, or use a smaller model"
+_LESS_MEMORY = (
+    "lower micro_chars or lengths, set gradient_checkpointing to auto or nested, or use a smaller model"
+)
 _USUAL_SHARE = 0.05  # of a step's loss in the running mean that a spike is measured against
 
 
@@ -149,7 +153,9 @@ class _Run:
         self.config, self.corpus, self.val_corpus, self.transform = config, corpus, val_corpus, transform
         self.device = memory.pick_device(config.device)
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.estimate = estimate_train_bytes(config, model_config, 2 if half else 4)
+        load = training_load(config, model_config, self.device.type, 2 if half else 4)
+        plan = load.plan(config.gradient_checkpointing, memory.available_bytes(str(self.device)))
+        self.estimate = load.nbytes(plan)
         memory.require(self.estimate, str(self.device), "training", _LESS_MEMORY)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -157,7 +163,8 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = Butterfly(model_config).to(self.device)
         self.model.compute_dtype = torch.bfloat16 if half else torch.float32
-        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.model.gradient_checkpointing = plan is not None
+        self.model.recompute = plan or self.model.recompute
         self.optimizers = Optimizers(self.model, config)
         self.step = self.chars = 0
         self.elapsed_before = 0.0
@@ -190,6 +197,8 @@ class _Run:
         parameters = f"{self.model.num_parameters():,} parameters on {self.device}"
         at = f", resumed at step {self.step}" if state else ""
         self.reporter.say(f"{parameters}, {len(corpus):,} characters{at}")
+        about = memory.format_bytes(self.estimate)
+        self.reporter.say(f"about {about} of memory: {describe(plan, model_config.num_layers)}")
 
     def elapsed(self) -> float:
         """Seconds of training, over all restarts."""
@@ -430,26 +439,19 @@ class _Run:
         )
 
 
-def estimate_train_bytes(config: TrainConfig, model_config: ButterflyConfig, value_bytes: int) -> int:
-    """Bytes that training takes on its device: weights, gradients, optimisers and kept activations.
-
-    value_bytes: size of one activation, 2 or 4.
-    """
+def training_load(config: TrainConfig, model_config: ButterflyConfig, device: str, value_bytes: int) -> Load:
+    """What a training step has to hold; value_bytes: size of one activation, 2 or 4."""
     with torch.device("meta"):
         model = Butterfly(model_config)
     matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
-    state = 4 * (3 * matrices + 4 * (model.num_parameters() - matrices))
-    chars = max(config.micro_windows(length) * length for _, length in config.lengths)
-    attention = model_config.num_heads * model_config.head_dim
-    layer = 5 * model_config.hidden_size + 8 * attention + 3 * model_config.intermediate_size
-    layer += 6 * model_config.carry_size
-    if config.compile:
-        layer = layer * 4 // 5  # 76.7 GB were measured for `small` and 131,072 characters, 76 are estimated
-    per_char = layer * model_config.num_layers
-    if config.gradient_checkpointing:
-        kept = model_config.hidden_size + 4 * model_config.carry_size
-        per_char = kept * model_config.num_layers + layer
-    return state + chars * per_char * value_bytes
+    return Load(
+        model_config,
+        chars=max(config.micro_windows(length) * length for _, length in config.lengths),
+        value_bytes=value_bytes,
+        fixed_bytes=4 * (3 * matrices + 4 * (model.num_parameters() - matrices)),
+        compiled=config.compile,
+        fused=default_backend(device) == "triton",
+    )
 
 
 def _find_state(config: TrainConfig) -> TrainingState | None:

@@ -33,14 +33,11 @@ def linear_cross_entropy(
     if len(hidden) <= slice_rows:
         total = _sum_loss(hidden, weight, targets, weights)
     else:
-        for rows in range(0, len(hidden), slice_rows):
-            part = slice(rows, rows + slice_rows)
+        # split: its backward pass joins the gradients once, slices would each make one of full length
+        rows, wanted = torch.split(hidden, slice_rows), torch.split(targets, slice_rows)
+        shares = [None] * len(rows) if weights is None else torch.split(weights, slice_rows)
+        for part in zip(rows, wanted, shares, strict=True):
             total = total + checkpoint(
-                _sum_loss,
-                hidden[part],
-                weight,
-                targets[part],
-                None if weights is None else weights[part],
-                use_reentrant=False,
+                _sum_loss, part[0], weight, *part[1:], use_reentrant=False, preserve_rng_state=False
             )
     return total / (len(targets) if weights is None else weights.sum())
