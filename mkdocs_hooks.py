@@ -1,9 +1,11 @@
 """What the documentation takes from outside docs/: the records, as pages under Results."""
 
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 RECORDS = Path(__file__).parent / "records"
 
@@ -17,12 +19,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """The word RECORDS on a line of its own becomes the list of them, by their titles."""
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """In the records, links to docs/ lead there, and those to other files become plain text.
+
+    The word RECORDS on a line of its own becomes the list of records, by their titles.
+    """
+    if page.file.src_uri.startswith("records/"):
+        markdown = re.sub(r"\[([^\]]*)\]\(\.\./\.\./(?!docs/)[^)]*\)", r"\1", markdown)
+        return markdown.replace("](../../docs/", "](../../")
     pages = sorted(RECORDS.glob("*/README.md"))
-    titles = [page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for page in pages]
-    links = (
-        f"- [{title}](records/{page.parent.name}/README.md)"
-        for title, page in zip(titles, pages, strict=True)
-    )
+    titles = [each.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for each in pages]
+    links = [f"- [{t}](records/{p.parent.name}/README.md)" for t, p in zip(titles, pages, strict=True)]
     return markdown.replace("\nRECORDS\n", "\n" + "\n".join(links) + "\n")

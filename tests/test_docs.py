@@ -42,7 +42,7 @@ def test_the_python_of_the_quickstart_runs(capsys):
 
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "load_pretrained" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
