@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -72,3 +72,18 @@ def chat_text(messages: Sequence[ChatMessage]) -> str:
 
 
 CHAT_STOP = "\n\nuser:\n"
+
+
+def request_body(form: type[Strict]) -> dict[str, Any]:
+    """A form as OpenAPI describes a request body, the forms inside it written out."""
+    schema = form.model_json_schema()
+    inner = schema.pop("$defs", {})
+
+    def written_out(node: Any) -> Any:
+        if isinstance(node, dict):
+            name = str(node.get("$ref", "")).removeprefix("#/$defs/")
+            return {k: written_out(v) for k, v in (inner[name] if name else node).items()}
+        return [written_out(each) for each in node] if isinstance(node, list) else node
+
+    content = {"application/json": {"schema": written_out(schema)}}
+    return {"requestBody": {"required": True, "content": content}}

@@ -56,6 +56,7 @@ from butterfly_llm.protocol import (
     ContextRequest,
     Strict,
     chat_text,
+    request_body,
 )
 from butterfly_llm.text import Encoding, StreamDecoder, decode, encode
 
@@ -451,7 +452,7 @@ def create_app(
 ) -> FastAPI:
     """The routes over a running engine."""
     server = _Server(engine, name, encoding, max_body, max_chars, reach)
-    app = FastAPI(title="Butterfly-LLM", openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Butterfly-LLM", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, token=token, statuses=server.statuses)
 
     @app.exception_handler(Refused)
@@ -475,15 +476,15 @@ def create_app(
     async def models() -> Response:
         return answer_json(200, server.models())
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", openapi_extra=request_body(CompletionRequest))
     async def completions(request: Request) -> Response:
         return await server.write(await server.form(request, CompletionRequest), request.receive)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=request_body(ChatRequest))
     async def chat(request: Request) -> Response:
         return await server.write(await server.form(request, ChatRequest), request.receive)
 
-    @app.post("/v1/contexts")
+    @app.post("/v1/contexts", openapi_extra=request_body(ContextRequest))
     async def keep(request: Request) -> Response:
         return await server.keep(await server.form(request, ContextRequest), request.receive)
 

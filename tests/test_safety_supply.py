@@ -1,0 +1,46 @@
+"""What continuous integration installs is locked: by release and hash, all but torch and its companions."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+BY_MACHINE = {"torch", "triton"}  # the build that fits is chosen by pip
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NEEDED = [Requirement(each) for each in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+
+
+def locked() -> dict[str, list[tuple[str, int]]]:
+    """Releases by package name, each with how many hashes it has."""
+    path = ROOT / ".ci" / "requirements.txt"
+    if not path.exists():
+        pytest.skip("not in a source tree")
+    found: dict[str, list[tuple[str, int]]] = {}
+    for block in re.split(r"\n(?=\w)", path.read_text())[1:]:
+        name, release = re.match(r"([\w.-]+)==([\w.+-]+)", block).groups()
+        found.setdefault(name, []).append((release, block.count("--hash=sha256:")))
+    return found
+
+
+@pytest.mark.parametrize(
+    "needed", [each for each in NEEDED if each.name not in BY_MACHINE], ids=lambda r: r.name
+)
+def test_every_dependency_of_the_tests_is_locked_with_hashes(needed):
+    releases = locked().get(needed.name)
+    assert releases, f"{needed.name} is not locked: run .ci/lock"
+    for release, hashes in releases:
+        assert hashes > 0 and needed.specifier.contains(release), f"{needed.name} {release}: run .ci/lock"
+
+
+def test_continuous_integration_installs_what_is_locked():
+    script = ROOT / ".ci" / "run"
+    if not script.exists():
+        pytest.skip("not in a source tree")
+    lines = script.read_text().splitlines()
+    install = next(i for i, line in enumerate(lines) if "--require-hashes" in line)
+    assert "-r .ci/requirements.txt" in lines[install]
+    assert install < next(i for i, line in enumerate(lines) if line.startswith("command="))
+    assert not BY_MACHINE & locked().keys()
