@@ -38,6 +38,15 @@ def test_readme_installs_before_it_generates_and_tests() -> None:
     assert ["generate"] in commands()
 
 
+def test_the_file_map_names_every_module_and_folder() -> None:
+    (tree,) = re.findall(r"```\n(src/butterfly_llm/\n.*?)```", README, re.S)
+    package = ROOT / "src" / "butterfly_llm"
+    modules = {path.stem for path in package.iterdir() if path.suffix == ".py" and path.stem[0] != "_"}
+    folders = {path.parent.name for root in (ROOT, package) for path in root.glob("[a-z]*/*.*")}
+    named = set(re.findall(r"\w+", tree))
+    assert not (modules | folders - {"build", "dist", "site", "runs", "corpus"}) - named
+
+
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
 def test_the_commands_of_readme_run(arguments: list[str], tmp_path: Path) -> None:
     for name in ("src", "notes.txt"):  # what the example calls your own text

@@ -14,9 +14,8 @@ from butterfly_llm.text import Encoding, Errors
 
 @dataclass(frozen=True)
 class Eval:
-    """Bits per character of a model on texts, by position in the context, next to xz and zstd.
-
-    `butterfly eval recall` plants facts into text and asks for them: see its own --help."""
+    """Bits per character of a model on texts, by position in the context, next to xz and zstd. There are also
+    `butterfly eval recall` (planted facts) and `butterfly eval repeats` (what comes twice)."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Texts: files, directories, archives; of a prepared corpus, its validation projects."""
