@@ -10,7 +10,19 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 BY_MACHINE = {"torch", "triton"}  # the build that fits is chosen by pip
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NEEDED = [Requirement(each) for each in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def needed_by(names: list[str]) -> list[Requirement]:
+    """What these requirements name, other extras of this project taken apart."""
+    found = []
+    for each in map(Requirement, names):
+        own = each.name == PROJECT["name"]
+        found += needed_by([n for extra in each.extras for n in EXTRAS[extra]]) if own else [each]
+    return found
+
+
+NEEDED = needed_by([*PROJECT["dependencies"], *EXTRAS["test"]])
 
 
 def locked() -> dict[str, list[tuple[str, int]]]:
