@@ -221,14 +221,14 @@ def readers(folder: Path) -> dict[str, tuple[float, Reader]]:
 
     table: dict[str, tuple[float, Reader]] = {
         "codec": (0.4, codec),
-        "model config": (0.1, model_config),
+        "model config": (0.13, model_config),
         "training config": (0.1, train_config),
         "sampling config": (0.1, sampling_config),
         "run file": (0.05, run_file),
         "manifest of a model": (0.05, in_folder(checkpoint, MANIFEST, list_model)),
         "config.json": (0.02, in_folder(checkpoint, "config.json", load_model)),
-        "index": (0.02, in_folder(checkpoint, INDEX, load_model)),
-        "shard": (0.02, in_folder(checkpoint, shard, load_model)),
+        "index": (0.005, in_folder(checkpoint, INDEX, load_model)),
+        "shard": (0.005, in_folder(checkpoint, shard, load_model)),
         "state.json": (0.04, in_folder(state, "state.json", load_stream)),
         "manifest of a corpus": (0.05, corpus_reader),
         "archive": (0.03, archive),

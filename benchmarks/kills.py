@@ -27,6 +27,8 @@ from butterfly_llm import train as training
 from butterfly_llm.checkpoint import newest_training
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.data import prepare
+from butterfly_llm.model import Butterfly
+from butterfly_llm.optim import Optimizers
 
 MODEL = ButterflyConfig(
     hidden_size=32, num_heads=1, num_kv_heads=1, head_dim=32, intermediate_size=64, carry_size=8,
@@ -79,7 +81,7 @@ def main() -> int:
             corpus=str(corpus), out=str(run), export=str(run / "exported"), device="cpu", steps=10**6,
             batch_chars=32, lengths=((1.0, 32),), checkpoint_every=1,
         )  # fmt: skip
-        training.estimate_train_bytes(config, MODEL, 4)  # imports a part of torch that the children would
+        Optimizers(Butterfly(MODEL), config)  # imports a part of torch that every child would
         for number in range(arguments.kills):
             process, pipe = start(config)
             told = os.read(pipe, 100)

@@ -25,6 +25,7 @@ from butterfly_llm import data
 from butterfly_llm.archives import ARCHIVE_SUFFIXES
 from butterfly_llm.data import Corpus, prepare, read_context, sample_windows, val_windows
 from butterfly_llm.evaluate import load_documents
+from butterfly_llm.terminal import one_line
 
 SOURCE = Path(__file__).parents[1] / "src"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
@@ -304,6 +305,20 @@ def test_closed_and_full_outputs_end_in_order(command: str, code: int, said: str
     assert (done.returncode, done.stderr) == (code, said)
 
 
+def test_out_of_memory_names_the_figures_and_the_flags() -> None:
+    import torch
+
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
+        "1.44 GiB is free.\nIncluding non-PyTorch memory ..."
+    )
+    said = one_line(error)
+    assert said is not None and "\n" not in said
+    for part in ("2.50 GiB more were needed, 1.44 GiB were free", "--context-chars", "--device cpu"):
+        assert part in said
+    assert str(one_line(torch.OutOfMemoryError("other words"))).startswith("the GPU is out of memory: use a")
+
+
 def test_evaluation_says_what_it_replaced_and_left_out(tmp_path: Path) -> None:
     path = text(tmp_path / "d" / "a.txt", "a \u20ac and \u4e2d\n")
     text(tmp_path / "d" / "b.png", b"\x89PNG\0")
@@ -322,3 +337,11 @@ def test_names_of_files_cannot_command_a_terminal(tmp_path: Path) -> None:
     text(tmp_path / "e" / "a\n\x1b.txt", "\u20ac")
     with pytest.raises(ValueError, match=r"a\?\?\.txt: line 1, column 1"):
         read_context([tmp_path / "e"])
+
+
+def test_what_an_archive_says_of_itself_cannot_break_the_line(tmp_path: Path) -> None:
+    header = b"data.tar.\n\x1bz   0           0     0     100644  3         `\n"
+    path = text(tmp_path / "a.deb", b"!<arch>\n" + header + b"abc")
+    with pytest.raises(ValueError) as caught:
+        read_context([path])
+    assert str(caught.value).isprintable() and "unknown compression" in str(caught.value)

@@ -120,7 +120,8 @@ def _archive(path: Path, suffix: str, exclude_dirs: Collection[str]) -> Iterator
             with path.open("rb") as file, _unpacked(file, suffix) as spool:
                 yield Member(path.name[: -len(suffix)], spool.seek(0, io.SEEK_END), partial(_read_all, spool))
     except READ_ERRORS as failure:
-        raise ValueError(f"{path}: cannot read as an archive ({failure}); repair or leave it out") from None
+        said = " ".join(str(failure).split())
+        raise ValueError(f"{path}: cannot read as an archive ({said}); repair or leave it out") from None
 
 
 def _compression(suffix: str) -> str:
@@ -210,7 +211,7 @@ def _decompressed(packed: BinaryIO, compression: str) -> IO[bytes]:
             except ImportError:
                 raise OSError("zstd needs one more package: pip install 'butterfly-llm[zstd]'") from None
             return cast(IO[bytes], zstandard.ZstdDecompressor().stream_reader(packed))
-    raise OSError(f"unknown compression {compression}")
+    raise OSError(f"unknown compression {compression!r}")
 
 
 def _read_block(stream: IO[bytes]) -> bytes:

@@ -42,7 +42,14 @@ def one_line(error: Exception) -> str | None:
     elif isinstance(error, (ValueError, ImportError, MemoryError)):
         text = str(error) or "out of memory"
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-        text = "the GPU is out of memory: use a shorter context or a smaller model"
+        asked, free = (
+            re.search(pattern, str(error)) for pattern in (r"allocate ([\d.]+ \w+)", r"([\d.]+ \w+) is free")
+        )
+        figures = f" ({asked[1]} more were needed, {free[1]} were free)" if asked and free else ""
+        text = (
+            f"the GPU is out of memory{figures}: use a shorter context (generate --context-chars, eval "
+            "--context), --precision bfloat16, --device cpu or a smaller --model"
+        )
     else:
         return None
     return " ".join(text.split())
