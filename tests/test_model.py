@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from butterfly_llm.cache import Cache, cache_nbytes, routes_of
+from butterfly_llm import memory
+from butterfly_llm.cache import Cache, cache_nbytes, prefill_slice, routes_of
 from butterfly_llm.config import PRESETS, ButterflyConfig
 from butterfly_llm.model import Butterfly
 from butterfly_llm.routing import partner_of, reach
@@ -291,3 +292,35 @@ def test_partner_slot_is_next_to_the_own_slot() -> None:
     for stride in (1, 2, 4, 256):
         for chunk in range(stride, 1000):
             assert partner_of(chunk, stride, "shift") % (stride + 1) == (chunk + 1) % (stride + 1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("slice_chars", [128, 64, 80, 37])
+def test_slices_through_one_call_of_the_attention_agree(variant: str, slice_chars: int) -> None:
+    """What fused kernels do, here with the reference: partners from the rings are set before the slice."""
+    model = random_model(VARIANTS[variant])
+    model.prefill_slice = slice_chars
+    ids = torch.randint(256, (2, 411), generator=torch.Generator().manual_seed(2))
+    logits, rings = [], []
+    for backend in ("torch", "reference"):
+        model.backend = backend
+        cache = model.new_cache(2)
+        logits.append([model.prefill(part, cache) for part in ids.split([390, 1, 20], 1)])
+        (fork,) = cache.fork(1)
+        logits[-1].append(model.prefill(ids[:, :200], fork))
+        rings.append(dict(fork.filled()))
+    for a, b in zip(*logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert all((rings[0][name] - rings[1][name]).abs().max() < 1e-4 for name in rings[0])
+
+
+def test_the_slice_follows_the_device_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = ButterflyConfig.preset("full")
+    sizes = []
+    for free in (1, 20, 80, 800):
+        monkeypatch.setattr(memory, "available_bytes", lambda device, free=free: free * 10**9)
+        sizes.append(prefill_slice(full, 1, 2, "cuda:0"))
+        assert prefill_slice(full, 1, 2, "cpu") == 2048
+    assert sizes == [2048, 32_768, 131_072, 262_144]
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None)
+    assert prefill_slice(full, 8, 2, "cuda") == 2048

@@ -42,6 +42,23 @@ def cache_nbytes(config: ButterflyConfig, batch_size: int = 1, dtype: torch.dtyp
     return batch_size * (values * dtype.itemsize + scales)
 
 
+def prefill_slice(config: ButterflyConfig, batch_size: int, value_bytes: int, device: str) -> int:
+    """Characters to read at once: a CPU wants few, a GPU as many as it has room for.
+
+    On a GPU a power of two chunks whose workspace is an eighth of the free memory at most, up to 262,144.
+    """
+    if not device.startswith("cuda"):
+        return 16 * config.chunk_size
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    values = 6 * config.hidden_size + 4 * heads + 3 * config.intermediate_size + 8 * config.carry_size
+    free = memory.available_bytes(device) or 0
+    fits = free // 8 // (batch_size * values * value_bytes)
+    size = 16 * config.chunk_size
+    while 2 * size <= min(fits, 262_144):
+        size *= 2
+    return size
+
+
 @dataclass
 class Cache:
     """B streams at one common position. S = stride + 1 slots, chunk c in slot c mod S.

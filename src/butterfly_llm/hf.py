@@ -285,7 +285,7 @@ class ButterflyForCausalLM(PreTrainedModel, GenerationMixin):
                 f"ids {tuple(ids.shape)} must be ({state.batch_size}, characters) for this cache"
             )
         model = self.model
-        size = model.prefill_slice
+        size = model.slice_chars(len(ids))
         parts = [ids[:, start : start + size] for start in range(0, ids.shape[1], size)]
         hidden = torch.cat([model.append(part, state) for part in parts], dim=1)
         return cast(Tensor, model.head(model.norm(hidden)).float())

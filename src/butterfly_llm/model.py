@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from butterfly_llm.cache import Cache, routes_of
+from butterfly_llm.cache import Cache, prefill_slice, routes_of
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.ops import Backend, butterfly_attention, numpy_step
+from butterfly_llm.ops import Backend, butterfly_attention, default_backend, numpy_step
 from butterfly_llm.ops.loss import linear_cross_entropy
 from butterfly_llm.ops.portable import (
     partner_row_step,
@@ -28,6 +28,7 @@ from butterfly_llm.ops.portable import (
     prefill_attention,
     step_attention,
 )
+from butterfly_llm.ops.prefill import prefill_attention_whole
 from butterfly_llm.ops.rope import rope_table
 from butterfly_llm.recompute import Recompute, recomputed_layer
 from butterfly_llm.routing import LayerRoute
@@ -157,15 +158,17 @@ class Layer(nn.Module):
 
         attend: `prefill_attention` with rings, or `step_attention` with their windows.
         """
+        rows, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+        lanes = None if memory is None else memory.reshape(-1, memory.shape[-1])
         y = attend(
-            *self._project(x, memory),
+            *(z.view(*shape, *z.shape[1:]) for z in self.project(self, rows, lanes)),
             rings,
             position=position,
             stride=stride,
             topology=self.config.routing,
             rope_theta=self.config.rope_theta,
         )
-        return self._finish(x, y)
+        return self.finish(self, rows, y.reshape(-1, *y.shape[-2:])).view(x.shape)
 
     def _project(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., d), memory (..., M) -> q (..., H, D), k and v (..., K, D)."""
@@ -218,7 +221,7 @@ class Butterfly(nn.Module):
         self.gradient_checkpointing = False  # recompute in the backward pass, as `recompute` says
         self.recompute = Recompute()
         self._numpy: numpy_step.Weights | None = None
-        self.prefill_slice = 2048  # characters per pass through the layers in `prefill`
+        self.prefill_slice: int | None = None  # characters per pass through the layers; None: by memory
         has_carry = config.carry_size > 0
         self.embed = nn.Embedding(
             config.vocab_size,
@@ -365,8 +368,9 @@ class Butterfly(nn.Module):
     def prefill(self, ids: Tensor, cache: Cache, *, progress: Callable[[int], None] | None = None) -> Tensor:
         """Append ids (B, T), T >= 1, to the stream -> logits (B, 256) float32 for the next character.
 
-        Reads in slices of `prefill_slice` characters, so the workspace does not depend on T. `progress` is
-        called with the characters of this call read so far.
+        Reads in slices of `prefill_slice` characters, so the workspace does not depend on T; None takes what
+        suits the device and its free memory. `progress` is called with the characters of this call read so
+        far.
         """
         if ids.ndim != 2 or ids.shape[0] != cache.batch_size:
             raise ValueError(
@@ -376,10 +380,10 @@ class Butterfly(nn.Module):
             raise ValueError("no characters: ids is empty")
         if self._on_cpu_in_float32(cache):
             self._numpy_weights()  # before the first product: its bits must not depend on earlier steps
-        done = 0
+        size, done = self.slice_chars(cache.batch_size), 0
         while done < ids.shape[1]:
-            # End slices on chunk boundaries, so that only the first and the last are ragged.
-            count = self.prefill_slice - (cache.position % self.config.chunk_size)
+            # Slices end at multiples of their length, so that only the first and the last are ragged.
+            count = size - cache.position % size
             part = ids[:, done : done + max(1, count)]
             x = self.append(part, cache)
             done += part.shape[1]
@@ -388,10 +392,25 @@ class Butterfly(nn.Module):
         cache.logits = cast(Tensor, self.head(self.norm(x[:, -1])).float())
         return cache.logits
 
+    def slice_chars(self, batch_size: int) -> int:
+        """Characters that `prefill` reads at once."""
+        if self.prefill_slice is not None:
+            return self.prefill_slice
+        device = str(self.embed.weight.device)
+        return prefill_slice(self.config, batch_size, self.compute_dtype.itemsize, device)
+
     def append(self, ids: Tensor, cache: Cache) -> Tensor:
         """Append ids (B, T) at once -> hidden states (B, T, d), before the last norm."""
         cache.begin()
-        x = self._stream(ids, cache.position, cache.rings(), prefill_attention, partner_rows_prefill)
+        attend = prefill_attention
+        backend = self.backend or default_backend(ids.device)
+        if backend != "torch":
+
+            def whole(q: Tensor, k: Tensor, v: Tensor, stride: int) -> Tensor:
+                return cast(Layer, self.layers[0]).attend(q, k, v, stride, backend)
+
+            attend = partial(prefill_attention_whole, attend=whole)
+        x = self._stream(ids, cache.position, cache.rings(), attend, partner_rows_prefill)
         cache.position += ids.shape[1]
         return x
 
@@ -413,10 +432,13 @@ class Butterfly(nn.Module):
             ring = rings[index][2]
             stride, topology = self.routes[index].stride, self.config.routing
             partner = partner_of(scan, ring, position=position, stride=stride, topology=topology)
-            return cast(Tensor, self.merges[merge_index](scan, partner))
+            module = cast(CarryMerge, self.merges[merge_index])
+            lanes = scan.reshape(-1, scan.shape[-1]), partner.reshape(-1, scan.shape[-1])
+            return self._merge(module, *lanes).view(scan.shape)
 
         def run_write(index: int, x: Tensor) -> Tensor:
-            return cast(Tensor, self.writes[index](x))
+            module = cast(CarryWrite, self.writes[index])
+            return self._write(module, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
         return self._walk(self._embed(ids), run_layer, run_merge, run_write, self.routes)[0]
 

@@ -31,6 +31,13 @@ def _table(
         return cos.squeeze(1), sin.squeeze(1)
 
 
+def rope_rows(
+    chunk_size: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin (L, D) of the offsets in a chunk, for `rotate`."""
+    return _table(0, chunk_size, head_dim, theta, dtype, device)
+
+
 @lru_cache(maxsize=16)
 def _pair_mask(chunk_size: int, causal: bool, device: torch.device) -> Tensor:
     """(L, 2L) bool: which keys of [partner, own] a query sees."""
