@@ -18,9 +18,10 @@ pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
 from butterfly_llm.config import ButterflyConfig, SamplingConfig
-from butterfly_llm.engine import Engine, Serial
+from butterfly_llm.engine import Engine
 from butterfly_llm.generate import generate
 from butterfly_llm.serve import create_app
+from butterfly_llm.slots import Separate
 from conftest import random_model
 
 TOKEN = "correct-horse"
@@ -32,14 +33,6 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model():
     model = random_model(ButterflyConfig.preset("micro")).eval()
@@ -49,7 +42,7 @@ def model():
     return model
 
 
-class Slow(Serial):
+class Slow(Separate):
     """A step takes some time, as it does on a model of real size."""
 
     def __init__(self, model, seconds=0.0):
@@ -58,8 +51,8 @@ class Slow(Serial):
         self.states = weakref.WeakSet()
         self.calls = []
 
-    def fresh(self):
-        cache = super().fresh()
+    def fresh(self, base, **asked):
+        cache = super().fresh(base, **asked)
         self.states.add(cache.keys[0])  # a Cache is not hashable; its first ring lives as long
         return cache
 
@@ -68,7 +61,7 @@ class Slow(Serial):
         return super().read(characters, cache)
 
     def step(self, characters, caches):
-        self.calls.append("step")
+        self.calls.append(f"step of {len(caches)}")
         time.sleep(self.seconds)
         return super().step(characters, caches)
 

@@ -82,6 +82,14 @@ def test_rings_agree_with_forward_and_shrink(run, checkpoint, tmp_path):
     assert exact["bytes"] == 2 * half["bytes"] and exact["bytes"] > eight["bytes"]
 
 
+def test_batch_compares_with_one_stream(run, checkpoint):
+    code, out, _ = run("batch", "--model", checkpoint, "--chars", 20, "--steps", 2, "--streams", 3)
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert code == 0 and [row["streams"] for row in rows] == [1, 3] and rows[0]["against_one"] == 1
+    ratio = 3 * rows[0]["step_ms"] / rows[1]["step_ms"]
+    assert rows[1]["against_one"] == pytest.approx(ratio, rel=0.05)
+
+
 def test_the_modules_run_where_only_torch_is_installed():
     program = (
         "import sys\nfor name in ('tyro', 'rich'): sys.modules[name] = None\n"
@@ -105,7 +113,10 @@ def test_ops_without_a_gpu_is_one_line(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian", "unknown benchmark 'trian' (did you mean 'train'?): there are ops, rings, stream, train"),
+        (
+            "trian",
+            "unknown benchmark 'trian' (did you mean 'train'?): there are batch, ops, rings, stream, train",
+        ),
         ("rings", "the following arguments are required: files"),
         ("rings nosuch", "nosuch"),
         ("rings README --chars 1", "--chars must be at least 2"),
@@ -116,7 +127,7 @@ def test_ops_without_a_gpu_is_one_line(run):
         ("train --preset smal", "unknown preset 'smal' (did you mean 'small'?)"),
         ("train --backends tritn", "invalid choice: 'tritn'"),
         ("train --chars 10 --lengths 11", "--lengths from 1 to --chars"),
-        ("", "{ops,rings,stream,train}"),
+        ("", "{batch,ops,rings,stream,train}"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(run, arguments, message):

@@ -24,9 +24,10 @@ from butterfly_llm.engine import Busy, Engine, Finished, Job, Read, Written
 from butterfly_llm.generate import generate
 from butterfly_llm.protocol import ChatMessage, chat_text
 from butterfly_llm.serve import create_app
-from serving import ENVIRONMENT, PROMPTS, TOKEN, Slow, events, model, one, one_thread, served, solo, until
+from serving import ENVIRONMENT, PROMPTS, TOKEN, Slow, events, model, one, served, solo, until
 
-__all__ = ["model", "one_thread"]  # fixtures
+__all__ = ["model"]  # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # what the protocol says
@@ -143,7 +144,7 @@ def test_an_answer_in_a_chat_ends_where_the_user_would_speak(model):
             return self.next()
 
         def step(self, characters, caches):
-            return [self.next()]
+            return self.next()
 
         def next(self):
             logits = torch.zeros(1, 256)
@@ -258,18 +259,22 @@ def test_eight_streams_at_once_write_what_each_writes_alone(model):
     with served(model) as (call, engine):
 
         async def all_at_once():
-            asked = [{"prompt": p, "max_tokens": 60, "temperature": 0, "logprobs": 0} for p in PROMPTS]
+            asked = [{"prompt": p, "max_tokens": 100, "temperature": 0, "logprobs": 0} for p in PROMPTS]
             return await asyncio.gather(*(one(call.app, "POST", "/v1/completions", each) for each in asked))
 
         def alone(prompt):
-            asked = {"prompt": prompt, "max_tokens": 60, "temperature": 0, "logprobs": 0}
+            asked = {"prompt": prompt, "max_tokens": 100, "temperature": 0, "logprobs": 0}
             return call("POST", "/v1/completions", asked).json()["choices"]
 
         together = [answer.json()["choices"] for answer in asyncio.run(all_at_once())]
         turns = engine.stepper.calls
-        assert "read" in turns[turns.index("step") :], "they did not overlap"
-        assert together == [alone(prompt) for prompt in PROMPTS]  # to the last bit of the log probabilities
-        assert [each[0]["text"] for each in together] == [solo(model, prompt, 60) for prompt in PROMPTS]
+        assert "read" in turns[turns.index("step of 1") :], "they did not overlap"
+        assert max(turn for turn in turns if turn != "read") == "step of 8"
+        for prompt, (choice,) in zip(PROMPTS, together, strict=True):
+            (expected,) = alone(prompt)
+            values = [each.pop("logprobs")["token_logprobs"] for each in (choice, expected)]
+            assert choice == expected and values[0] == pytest.approx(values[1], abs=1e-4)
+        assert [each[0]["text"] for each in together] == [solo(model, prompt, 100) for prompt in PROMPTS]
 
 
 def test_a_long_prompt_does_not_hold_up_the_others(model):

@@ -21,9 +21,10 @@ from butterfly_llm.engine import Busy, Engine, Finished, Job, Written
 from butterfly_llm.guard import loopback, token_of
 from butterfly_llm.protocol import ChatRequest, CompletionRequest, ContextRequest
 from butterfly_llm.serve import create_app, serve
-from serving import TOKEN, Slow, model, one, one_thread, served, until
+from serving import TOKEN, Slow, model, one, served, until
 
-__all__ = ["model", "one_thread"]  # fixtures
+__all__ = ["model"]  # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # clients that leave, or do not read

@@ -1,11 +1,11 @@
 """Many streams on one model: one thread reads prompts in slices and writes every stream a character a turn.
 
-    with Engine(Serial(model), slots=8) as engine:
+    with Engine(stepper_for(model, 8), slots=8) as engine:
         stream = engine.submit(Job(prompt=b"def ", max_chars=100), print)
 
-Nothing a stream computes depends on the others: slices end at fixed positions, draws follow from (seed,
-position), and a turn only decides when a stream goes on. `Serial` steps the streams one after the other; a
-batched stepper takes its place by having the same four members.
+All streams that write take one step together; between two steps a slice of one prompt is read. Slices end at
+fixed positions and draws follow from (seed, position), so a stream depends on the others by the rounding of
+sums alone, and a turn only decides when it goes on.
 """
 
 from __future__ import annotations
@@ -14,22 +14,20 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from butterfly_llm import memory
-from butterfly_llm.cache import Cache, cache_nbytes, routes_of
+from butterfly_llm.cache import Cache
 from butterfly_llm.config import SamplingConfig
 from butterfly_llm.generate import mix_seed, overlap, pick, probabilities
-from butterfly_llm.model import Butterfly
+from butterfly_llm.slots import MEMORY_ADVICE, Stepper
 
 Reason = Literal["stop", "length", "context", "cancelled"]
 _log = logging.getLogger("butterfly_llm.engine")
-_MEMORY_ADVICE = "wait for other streams to end, delete contexts, or start the server with fewer --slots"
 
 
 class Busy(Exception):
@@ -92,7 +90,6 @@ class Context:
 
     id: str
     cache: Cache
-    logits: Tensor  # (1, V) for the character after the text
     created: int  # seconds since 1970
 
     @property
@@ -121,46 +118,6 @@ class Job:
             raise ValueError(f"max_chars must be 0 or above, not {self.max_chars}")
 
 
-class Stepper(Protocol):
-    """All that the engine asks of a model."""
-
-    batch: int  # streams that one `step` takes at most
-    nbytes: int  # bytes of the full state of a stream
-
-    def fresh(self) -> Cache:
-        """An empty state; ValueError when it does not fit into memory."""
-
-    def read(self, characters: bytes, cache: Cache) -> Tensor:
-        """Append characters -> logits (1, V)."""
-
-    def step(self, characters: Sequence[int], caches: Sequence[Cache]) -> list[Tensor]:
-        """Append one character to each stream -> logits (1, V) each."""
-
-
-class Serial:
-    """One stream after the other."""
-
-    batch = 1
-
-    def __init__(self, model: Butterfly) -> None:
-        if not model.config.causal:
-            raise ValueError("a bidirectional model (routing xor) cannot write")
-        self.model = model
-        self.device = model.embed.weight.device
-        self.nbytes = cache_nbytes(model.config, 1, model.compute_dtype)
-
-    def fresh(self) -> Cache:
-        return self.model.new_cache(1)
-
-    def read(self, characters: bytes, cache: Cache) -> Tensor:
-        ids = torch.frombuffer(bytearray(characters), dtype=torch.uint8)[None]
-        return self.model.prefill(ids.to(self.device), cache)
-
-    def step(self, characters: Sequence[int], caches: Sequence[Cache]) -> list[Tensor]:
-        pairs = zip(characters, caches, strict=True)
-        return [self.model.step(torch.tensor([c], device=self.device), cache) for c, cache in pairs]
-
-
 @dataclass(eq=False)
 class Stream:
     """A job under way. The engine's thread owns it; others call `cancel` and count up `consumed`."""
@@ -171,7 +128,7 @@ class Stream:
     consumed: int = 0  # events that the receiver is done with
     produced: int = 0
     cache: Cache | None = None
-    logits: Tensor | None = None  # once the prompt is read
+    logits: Tensor | None = None  # (1, V) for the next character, once the prompt is read
     read: int = 0
     drawn: int = 0
     turn: int = 0  # when it last read a slice
@@ -198,7 +155,7 @@ class Counters:
 
 
 class Engine:
-    """Steps up to `slots` streams in turn and keeps up to `contexts` states.
+    """Steps up to `slots` streams together and keeps up to `contexts` states.
 
     slice_chars:   characters of a prompt read at a time, between two turns of the writing streams.
     backlog:       events a receiver may leave waiting before its stream pauses.
@@ -264,14 +221,9 @@ class Engine:
         """Bytes of a state that are committed: of the rings on a CPU, the chunks met so far."""
         if cache.keys[0].device.type != "cpu":
             return cache.nbytes
-        chunks = -(-cache.position // cache.config.chunk_size)
-        layers = zip(routes_of(cache.config), cache.keys, cache.values, cache.carries, strict=True)
-        used = 0
-        for route, keys, values, carry in layers:
-            slots = route.stride + 1
-            layer = keys.nbytes + values.nbytes + (0 if carry is None else carry.nbytes)
-            used += layer // slots * min(slots, chunks)
-        return used
+        if cache.paged is not None:
+            return cache.held_nbytes
+        return sum(ring.nbytes for name, ring in cache.filled() if name != "logits")
 
     def submit(self, job: Job, notify: Callable[[Event], None]) -> Stream:
         """Begin a job. `notify` is called on the engine's thread with every event, and must not block.
@@ -328,8 +280,8 @@ class Engine:
                 reading.append(stream)
             elif stream.produced - stream.consumed < self.backlog:
                 writing.append(stream)
-        for first in range(0, len(writing), self.stepper.batch):
-            self._write(writing[first : first + self.stepper.batch])
+        if writing:
+            self._write(writing)
         now = time.monotonic()
         if reading and (not writing or now >= self._next_slice):
             stream = min(reading, key=lambda each: each.turn)
@@ -354,11 +306,10 @@ class Engine:
         """The next slice of the prompt; slices end at multiples of `slice_chars`."""
         job = stream.job
         if stream.cache is None:
-            stream.cache = self._state(job.base)
+            stream.cache = self._state(job)
+            self._emit(stream, Read(0, len(job.prompt), self.used_bytes(stream.cache)))
         cache = stream.cache
-        if stream.read == 0:
-            self._emit(stream, Read(0, len(job.prompt), self.used_bytes(cache)))
-        logits = None if job.base is None else job.base.logits
+        logits = None if job.base is None else job.base.cache.logits
         if stream.read < len(job.prompt):
             count = self.slice_chars - cache.position % self.slice_chars
             piece = job.prompt[stream.read : stream.read + count]
@@ -369,9 +320,9 @@ class Engine:
         if stream.read < len(job.prompt):
             return
         assert logits is not None
-        stream.logits = logits
+        cache.logits = stream.logits = logits
         if job.keep:
-            context = Context(f"ctx-{secrets.token_hex(8)}", cache, logits, int(time.time()))
+            context = Context(f"ctx-{secrets.token_hex(8)}", cache, int(time.time()))
             with self._wake:
                 if not stream.cancelled:
                     self.contexts[context.id] = context
@@ -379,51 +330,44 @@ class Engine:
         elif job.max_chars == 0:
             self._end(stream, Finished("length", 0))
 
-    def _state(self, base: Context | None) -> Cache:
-        """A new state, a copy of a context's; MemoryError unless it and all others can grow to full size."""
-        caches = self._caches()
-        growth = sum(cache.nbytes - self.used_bytes(cache) for cache in caches)
-        device = str(caches[0].keys[0].device) if caches else None
+    def _state(self, job: Job) -> Cache:
+        """A state to begin with; MemoryError unless it and all others can grow to full size."""
+        growth = sum(cache.nbytes - self.used_bytes(cache) for cache in self._caches())
+        base = None if job.base is None else job.base.cache
         try:
-            if device is not None:
-                what = f"one more stream beside {len(caches)} states"
-                memory.require(self.stepper.nbytes + growth, device, what, _MEMORY_ADVICE)
-            cache = self.stepper.fresh()
+            return self.stepper.fresh(base, keep=job.keep, reserved=growth)
         except ValueError as error:
             raise MemoryError(str(error)) from None
-        if base is not None:
-            chunks = -(-base.cache.position // cache.config.chunk_size)
-            with torch.inference_mode():
-                pairs = zip([*cache.keys, *cache.values], [*base.cache.keys, *base.cache.values], strict=True)
-                for mine, its in pairs:
-                    mine[:, :, :chunks] = its[:, :, :chunks]  # slots beyond were never written
-                for own, carry in zip(cache.carries, base.cache.carries, strict=True):
-                    if own is not None and carry is not None:
-                        own[:, :chunks] = carry[:, :chunks]
-            cache.position = base.cache.position
-        return cache
 
     def _write(self, streams: list[Stream]) -> None:
-        """One character for each of at most `batch` streams."""
+        """One character for each of the streams."""
         started = time.monotonic()
-        going: list[Stream] = []
-        characters: list[int] = []
+        going: list[tuple[Stream, Cache, int]] = []
         for stream in streams:
             try:
                 character = self._draw(stream)
                 if not self._accept(stream, character):
-                    going.append(stream)
-                    characters.append(character)
+                    assert stream.cache is not None
+                    going.append((stream, stream.cache, character))
             except Exception as error:
                 self._fail(stream, error)
-        try:
-            caches = [stream.cache for stream in going if stream.cache is not None]
-            for stream, logits in zip(going, self.stepper.step(characters, caches), strict=True):
-                stream.logits = logits
-        except Exception as error:
-            for stream in going:
-                self._fail(stream, error)
+        if going:
+            self._step(going)
         self.counters.writing_seconds += time.monotonic() - started
+
+    def _step(self, going: list[tuple[Stream, Cache, int]]) -> None:
+        """All at once; where that fails one by one, so that only those fail which cannot go on."""
+        try:
+            logits = self.stepper.step([each[2] for each in going], [each[1] for each in going])
+        except Exception as error:
+            if len(going) == 1:
+                self._fail(going[0][0], error)
+                return
+            for alone in going:
+                self._step([alone])
+            return
+        for i, (stream, _, _) in enumerate(going):
+            stream.logits = logits[i : i + 1]
 
     def _draw(self, stream: Stream) -> int:
         """As `generate` draws: the same seed writes the same text."""
@@ -467,7 +411,7 @@ class Engine:
         )
         if scarce:
             said = " ".join(str(error).split())
-            message = said if isinstance(error, MemoryError) and said else f"out of memory: {_MEMORY_ADVICE}"
+            message = said if isinstance(error, MemoryError) and said else f"out of memory: {MEMORY_ADVICE}"
             self._end(stream, Failed(503, message))
         else:
             _log.error("a stream failed", exc_info=error)
@@ -475,6 +419,8 @@ class Engine:
 
     def _end(self, stream: Stream, event: Finished | Failed) -> None:
         """Free slot and state, then say so."""
+        if stream.cache is not None:
+            self.stepper.release(stream.cache)
         stream.cache = stream.logits = None
         with self._wake:
             if stream in self._streams:

@@ -23,10 +23,12 @@ from butterfly_llm.ops import Backend, butterfly_attention, default_backend, num
 from butterfly_llm.ops.loss import linear_cross_entropy
 from butterfly_llm.ops.portable import (
     partner_row_step,
+    partner_row_step_each,
     partner_rows,
     partner_rows_prefill,
     prefill_attention,
     step_attention,
+    step_attention_each,
 )
 from butterfly_llm.ops.prefill import prefill_attention_whole
 from butterfly_llm.ops.rope import rope_table
@@ -151,12 +153,13 @@ class Layer(nn.Module):
         memory: Tensor | None,
         stride: int,
         rings: tuple[Any, Any],
-        position: int,
+        position: int | Tensor,
         attend: Callable[..., Tensor],
     ) -> Tensor:
         """`forward` for the characters `position`.. of a stream: x (B, T, d), or (B, d) for a single one.
 
-        attend: `prefill_attention` with rings, or `step_attention` with their windows.
+        attend: `prefill_attention` with rings; `step_attention` with their windows, or where streams stand
+        apart (position (B,)) `step_attention_each`.
         """
         rows, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
         lanes = None if memory is None else memory.reshape(-1, memory.shape[-1])
@@ -417,7 +420,7 @@ class Butterfly(nn.Module):
     def _stream(
         self,
         ids: Tensor,
-        position: int,
+        position: int | Tensor,
         rings: Sequence[tuple[Any, Any, Any]],
         attend: Callable[..., Tensor],
         partner_of: Callable[..., Tensor],
@@ -448,25 +451,42 @@ class Butterfly(nn.Module):
         if ids.ndim != 1 or ids.shape[0] != cache.batch_size:
             raise ValueError(f"ids {tuple(ids.shape)} must be ({cache.batch_size},) for this cache")
         if len(ids) == 1 and self._on_cpu_in_float32(cache):
-            return self._numpy_step(int(ids), cache)
+            return self.step_streams([int(ids)], [cache])
         cache.begin()
         x = self._stream(ids, cache.position, cache.windows(), step_attention, partner_row_step)
         cache.position += 1
         cache.logits = cast(Tensor, self.head(self.norm(x)).float())
         return cache.logits
 
+    @torch.inference_mode()
+    def step_each(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """`step` for streams that stand apart: ids and positions (B,) int64 -> logits (B, 256) float32.
+
+        The rings are whole, and the caller keeps the positions: `cache.position` is neither read nor changed.
+        A stream may be stepped without going on: its next step or prefill overwrites what this one wrote.
+        """
+        x = self._stream(ids, positions, cache.windows(), step_attention_each, partner_row_step_each)
+        return cast(Tensor, self.head(self.norm(x)).float())
+
     def _on_cpu_in_float32(self, cache: Cache) -> bool:
         tensors = (self.head.weight, cache.keys[0])
         kinds = {(x.device.type, x.dtype) for x in tensors}
         return kinds == {("cpu", torch.float32)} and self.compute_dtype == torch.float32
 
-    def _numpy_step(self, character: int, cache: Cache) -> Tensor:
-        """`step` for one stream on the CPU."""
-        cache.begin()
-        logits = numpy_step.step(character, cache.position, self._numpy_weights(), cache.arrays())
-        cache.position += 1
-        cache.logits = torch.from_numpy(logits)[None]
-        return cache.logits
+    @torch.inference_mode()
+    def step_streams(self, characters: Sequence[int], caches: Sequence[Cache]) -> Tensor:
+        """Append a character to each of B streams on the CPU in float32, caches of one stream each that may
+        stand anywhere -> logits (B, 256). Weights are read once for all.
+        """
+        for cache in caches:
+            cache.begin()
+        positions = [cache.position for cache in caches]
+        arrays = [cache.arrays() for cache in caches]
+        logits = torch.from_numpy(numpy_step.step(characters, positions, self._numpy_weights(), arrays))
+        for i, cache in enumerate(caches):
+            cache.position += 1
+            cache.logits = logits[i : i + 1]
+        return logits
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Butterfly:
         self._numpy = None  # .to() and its kin give the parameters new memory

@@ -42,7 +42,6 @@ from butterfly_llm.engine import (
     Job,
     Logprob,
     Read,
-    Serial,
     Stream,
     Written,
 )
@@ -58,6 +57,7 @@ from butterfly_llm.protocol import (
     chat_text,
     request_body,
 )
+from butterfly_llm.slots import stepper_for
 from butterfly_llm.text import Encoding, StreamDecoder, decode, encode
 
 BODY_SECONDS = 60.0  # a body that takes longer to arrive is given up
@@ -537,7 +537,9 @@ def serve(
     model = load()
     listener.listen()
     cuda = model.embed.weight.device.type == "cuda"
-    engine = Engine(Serial(model), slots=slots, contexts=contexts, slice_chars=2048 if cuda else 128)
+    engine = Engine(
+        stepper_for(model, slots), slots=slots, contexts=contexts, slice_chars=2048 if cuda else 128
+    )
     where = f"[{host}]" if ":" in host else host
     print(
         f"serving {name!r} on http://{where}:{listener.getsockname()[1]}, {slots} slots of up to "

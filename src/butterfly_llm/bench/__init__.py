@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from typing import Any, NoReturn
 
-BENCHES = ("ops", "rings", "stream", "train")
+BENCHES = ("batch", "ops", "rings", "stream", "train")
 
 
 class Parser(argparse.ArgumentParser):

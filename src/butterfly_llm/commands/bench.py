@@ -13,9 +13,9 @@ import tyro
 class Bench:
     """Measure this machine: a table, then one JSON object as the last line. Each has options of its own."""
 
-    name: tyro.conf.Positional[Literal["ops", "rings", "stream", "train"]]
-    """ops: one attention layer on a GPU; rings: bits per character of rings in fewer bits; stream: reading
-    and writing; train: whole training steps."""
+    name: tyro.conf.Positional[Literal["batch", "ops", "rings", "stream", "train"]]
+    """batch: many streams at once; ops: one attention layer on a GPU; rings: bits per character of rings in
+    fewer bits; stream: reading and writing; train: whole training steps."""
     options: tyro.conf.Positional[tuple[str, ...]] = ()
     """Options of that benchmark."""
 

@@ -1,15 +1,18 @@
-"""One character of one stream on the CPU in NumPy, the same float32 arithmetic as the modules of `model`.
+"""One character of one or more streams on the CPU in NumPy, the same float32 arithmetic as `model`.
 
 A step is some 2,000 operations on single rows. There NumPy costs a fraction of a tensor operation, and its
-matrix-vector product reads weights laid out input by output near the speed of memory. All arrays are views
-of the model's parameters and of the cache: nothing is copied, nothing can go stale.
+matrix-vector product reads weights laid out input by output near the speed of memory. Several streams share
+every product with a weight, which is then read once for all, and attend one by one, each at a position of
+its own. All arrays are views of the model's parameters and of the caches: nothing is copied or goes stale.
 
-Shapes: d hidden size, H heads, K key-value heads, D head size, M carry size, L chunk, S ring slots.
+Shapes: ... nothing for one stream, (B,) for several; d hidden size, H heads, K key-value heads, D head size,
+M carry size, L chunk, S ring slots.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -63,6 +66,8 @@ Rings = tuple[Array, Array, Array | None]
 
 
 def _norm(x: Array, weight: Array, eps: float) -> Array:
+    if x.ndim == 2:
+        return cast(Array, x * weight / np.sqrt(np.einsum("bd,bd->b", x, x) / x.shape[1] + eps)[:, None])
     scale = 1.0 / math.sqrt(float(x.dot(x)) / x.shape[0] + eps)
     return x * weight * np.float32(scale)
 
@@ -72,7 +77,7 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _attend(
-    qkv: Array, layer: LayerWeights, rings: Rings, weights: Weights, position: int, stride: int
+    qkv: Array, layer: LayerWeights, rings: Rings, position: int, weights: Weights, stride: int
 ) -> Array:
     """qkv ((H + 2K) D,) -> (H D,); key and value are put into the rings."""
     num_heads, num_kv_heads = weights.num_heads, weights.num_kv_heads
@@ -111,43 +116,69 @@ def _attend(
     return cast(Array, y.reshape(-1))
 
 
-def step(character: int, position: int, weights: Weights, rings: list[Rings]) -> Array:
-    """Append one character to the stream -> logits (256,). The rings are updated in place."""
-    eps = weights.eps
+def _partner(scan: Array, rings: Rings, position: int, weights: Weights, stride: int) -> Array:
+    """The carry of the partner's lane (M,), zero where there is none; scan (M,) is put into the ring."""
+    carries = rings[2]
+    assert carries is not None
     chunk, offset = divmod(position, weights.chunk_size)
-    x = _norm(weights.embed[character], weights.embed_norm, eps)
+    slots = carries.shape[0]
+    carries[chunk % slots, offset] = scan
+    if partner_of(chunk, stride, weights.topology) < 0:
+        return np.zeros_like(scan)
+    return cast(Array, carries[(chunk + 1) % slots, offset])
+
+
+def _feed_forward(x: Array, layer: LayerWeights, gated: bool) -> Array:
+    """x (..., d), normalised -> (..., d)."""
+    hidden, down = x @ layer.up, layer.down
+    if gated:
+        gate, value = np.split(hidden, 2, -1)
+        hidden = gate * _sigmoid(gate) * value
+    else:
+        if hidden.ndim == 1:
+            active = np.flatnonzero(hidden > 0)  # a quarter in a trained model: only their rows are read
+            hidden, down = hidden[active], down[active]
+        else:
+            np.maximum(hidden, 0, out=hidden)
+        hidden *= hidden
+    return hidden @ down
+
+
+def step(
+    characters: Sequence[int], positions: Sequence[int], weights: Weights, rings: Sequence[list[Rings]]
+) -> Array:
+    """Append a character to each of B streams -> logits (B, 256). The rings are updated in place."""
+    eps = weights.eps
+    alone = len(characters) == 1
+
+    def rows(x: Array) -> Array:
+        return x[None] if alone else x
+
+    def joined(results: list[Array]) -> Array:
+        return results[0] if alone else np.stack(results)
+
+    x = _norm(joined([weights.embed[character] for character in characters]), weights.embed_norm, eps)
     scan: Any = None
     finished: Any = None
-    for route, layer, ring in zip(weights.routes, weights.layers, rings, strict=True):
+    for i, (route, layer) in enumerate(zip(weights.routes, weights.layers, strict=True)):
+        stride = route.stride
+        places = [(ring[i], position) for ring, position in zip(rings, positions, strict=True)]
         if layer.write is not None:
             norm, matrix, bias = layer.write
-            gate, value = np.split(_norm(x, norm, eps) @ matrix + bias, 2)
+            gate, value = np.split(_norm(x, norm, eps) @ matrix + bias, 2, -1)
             scan = _sigmoid(gate) * value
         qkv = _norm(x, layer.attention_norm, eps) @ layer.qkv
         if layer.read is not None and layer.read_norm is not None:
             memory = scan if finished is None or route.pass_index == 0 else finished
-            qkv[-layer.read.shape[1] :] += _norm(memory, layer.read_norm, eps) @ layer.read
-        x = x + _attend(qkv, layer, ring, weights, position, route.stride) @ layer.out
-        hidden = _norm(x, layer.feed_forward_norm, eps) @ layer.up
-        if weights.gated:
-            gate, value = np.split(hidden, 2)
-            hidden = gate * _sigmoid(gate) * value
-            down = layer.down
-        else:
-            active = np.flatnonzero(hidden > 0)  # a quarter in a trained model: only their rows are read
-            hidden = hidden[active]
-            hidden *= hidden
-            down = layer.down[active]
-        x = x + hidden @ down
-        carries = ring[2]
-        if layer.merge is not None and carries is not None:
+            qkv[..., -layer.read.shape[1] :] += _norm(memory, layer.read_norm, eps) @ layer.read
+        heard = [_attend(row, layer, *at, weights, stride) for row, at in zip(rows(qkv), places, strict=True)]
+        x = x + joined(heard) @ layer.out
+        x = x + _feed_forward(_norm(x, layer.feed_forward_norm, eps), layer, weights.gated)
+        if layer.merge is not None:
             matrix, bias = layer.merge
-            slots = carries.shape[0]
-            carries[chunk % slots, offset] = scan
-            partner = carries[(chunk + 1) % slots, offset]
-            if partner_of(chunk, route.stride, weights.topology) < 0:
-                partner = np.zeros_like(partner)
-            scan = scan + _sigmoid(np.concatenate([scan, partner]) @ matrix + bias) * partner
+            lanes = zip(rows(scan), places, strict=True)
+            partner = joined([_partner(lane, *at, weights, stride) for lane, at in lanes])
+            scan = scan + _sigmoid(np.concatenate([scan, partner], -1) @ matrix + bias) * partner
             if route.ends_pass:
                 finished = scan
-    return _norm(x, weights.norm, eps) @ weights.head
+    return rows(_norm(x, weights.norm, eps) @ weights.head)

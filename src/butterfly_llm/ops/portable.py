@@ -244,6 +244,49 @@ def step_attention(
     return torch.matmul(weights, v_pair.flatten(2, 3).to(q.dtype)).view(batch, num_heads, head_dim)
 
 
+def _has_partner(chunk: Tensor, stride: int, topology: Topology) -> Tensor:
+    """chunk (B,) -> bool (B,), for the causal topologies."""
+    return chunk >= stride if topology == "shift" else chunk & stride != 0
+
+
+def step_attention_each(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ring: tuple[Tensor, Tensor],
+    *,
+    position: Tensor,
+    stride: int,
+    topology: Topology,
+    rope_theta: float | None,
+) -> Tensor:
+    """`step_attention` for streams that stand at positions of their own: position (B,) int64.
+
+    No value of `position` reaches the host and no shape depends on it. Pairs are copied out of the rings.
+    """
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    slots, chunk_size = ring[0].shape[2:4]
+    row = torch.arange(batch, device=q.device)
+    chunk, offset = position // chunk_size, position % chunk_size
+    slot = chunk % slots
+    cos, sin = _table(0, 2 * chunk_size, head_dim, rope_theta, q.dtype, q.device)
+    at = torch.stack([offset, offset + chunk_size], 1)  # against the own chunk, against the partner
+    q = q.view(batch, num_kv_heads, 1, -1, head_dim)
+    both = rotate(q, cos[at][:, None, :, None], sin[at][:, None, :, None])  # (B, K, 2, H / K, D)
+    ring[0][row, :, slot, offset] = rotate(k, cos[offset, None], sin[offset, None]).to(ring[0].dtype)
+    ring[1][row, :, slot, offset] = v.to(ring[1].dtype)
+
+    pair = torch.stack([slot, (slot + 1) % slots], 1)
+    k_pair, v_pair = (x[row[:, None], :, pair].transpose(1, 2).to(q.dtype) for x in ring)  # (B, K, 2, L, D)
+    scores = torch.matmul(both, k_pair.transpose(-1, -2)).transpose(2, 3)  # (B, K, H / K, 2, L)
+    later = torch.arange(chunk_size, device=q.device) > offset[:, None]  # (B, L)
+    alone = ~_has_partner(chunk, stride, topology)[:, None].expand_as(later)
+    hidden = torch.stack([later, alone], 1)[:, None, None]  # (B, 1, 1, 2, L)
+    weights = (scores.masked_fill(hidden, float("-inf")).flatten(3) * head_dim**-0.5).softmax(-1)
+    return torch.matmul(weights, v_pair.flatten(2, 3)).view(batch, num_heads, head_dim)
+
+
 def partner_rows(x: Tensor, stride: int, topology: Topology, chunk_size: int) -> Tensor:
     """x (B, N, M) -> (B, N, M): the same lane of the partner chunk, zero where there is none."""
     num_chars = x.shape[1]
@@ -297,3 +340,15 @@ def partner_row_step(x: Tensor, ring: Tensor, *, position: int, stride: int, top
     if partner_of(chunk, stride, topology) < 0:
         return torch.zeros_like(x)
     return ring[:, (chunk + 1) % slots, offset].to(x.dtype)
+
+
+def partner_row_step_each(
+    x: Tensor, ring: Tensor, *, position: Tensor, stride: int, topology: Topology
+) -> Tensor:
+    """`partner_row_step` for streams that stand at positions of their own: position (B,) int64."""
+    slots, chunk_size = ring.shape[1:3]
+    row = torch.arange(len(x), device=x.device)
+    chunk, offset = position // chunk_size, position % chunk_size
+    ring[row, chunk % slots, offset] = x.to(ring.dtype)
+    partner = ring[row, (chunk + 1) % slots, offset].to(x.dtype)
+    return torch.where(_has_partner(chunk, stride, topology)[:, None], partner, 0)
