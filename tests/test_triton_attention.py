@@ -20,6 +20,7 @@ from torch import Tensor
 
 from butterfly_llm.ops import triton_attention
 from butterfly_llm.ops.reference import butterfly_attention_reference
+from butterfly_llm.ops.rope import rope_table, rotate
 from butterfly_llm.ops.triton_attention import ChunkTiles, Tiles, butterfly_attention_triton
 from butterfly_llm.routing import Topology
 from conftest import chunk_error
@@ -192,6 +193,27 @@ def test_every_cut_of_a_chunk(cut: ChunkTiles, poisoned: None, monkeypatch: pyte
     monkeypatch.setattr(triton_attention, "CHUNK_BACKWARD", cut)
     check(Case("shift", 85, 32, 1), torch.float16)
     check(Case("xor", 49, 32, 1), torch.float16)
+
+
+@kernels
+@pytest.mark.parametrize("topology", ["shift", "xor"])
+def test_inputs_that_come_turned(topology: Topology, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotation by the offsets outside the kernels, and its gradient, is the same function."""
+    case = Case(topology, 85, 32, 1)
+    monkeypatch.setattr(triton_attention, "CHUNK_FORWARD", ChunkTiles())
+    monkeypatch.setattr(triton_attention, "CHUNK_BACKWARD", ChunkTiles())
+    monkeypatch.setattr(triton_attention, "TURNED", True)
+    offsets = torch.arange(case.length, device=DEVICE) % case.chunk_size
+
+    def turned(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        table = rope_table(offsets, case.head_dim, case.theta, q.dtype)
+        return butterfly_attention_triton(rotate(q, *table), rotate(k, *table), v, **options)
+
+    fused, grad = make(case, torch.float32)
+    got = run(turned, fused, grad, case)
+    want = run(butterfly_attention_reference, fused.double(), grad.double(), case)
+    errors = {name: chunk_error(got[name], want[name], case.chunk_size) for name in want}
+    assert max(errors.values()) < TOLERANCE[torch.float32], errors
 
 
 @kernels

@@ -64,6 +64,12 @@ BACKWARD: dict[str, Variant] = {
     "apart 2 w4 read 32": {"split": 2, "read": 32, "parts": ("keys", "queries")},
     "apart 1 w8 read 32": {"split": 1, "num_warps": 8, "read": 32, "parts": ("keys", "queries")},
 }
+# Measured also with queries and keys that come rotated by their offsets in the chunk.
+TURNED = (
+    ("chunk 2/2/1 w4", "fused 2 w4 read 32"),
+    ("chunk 2/2/2 w4", "fused 2 w4 read 32 once"),
+    ("chunk 1/1/1 w8", "fused 1 w8 read 64"),
+)
 SHIPPED = ("tiled 64x64", "tiled")
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -76,6 +82,7 @@ def use(forward: str, backward: str) -> None:
     """Make the kernels of these variants the ones that `butterfly_attention_triton` runs."""
     chosen, returned = FORWARD[forward], BACKWARD[backward]
     triton_attention.FORCED_TILES.clear()
+    triton_attention.TURNED = False
     triton_attention.CHUNK_FORWARD = None if "tiles" in chosen else ChunkTiles(**chosen)
     triton_attention.CHUNK_BACKWARD = None if "tiles" in returned else ChunkTiles(**returned)
     if "tiles" in chosen:
@@ -133,10 +140,11 @@ def views(length: int) -> list[Tensor]:
     return [x.detach().requires_grad_() for x in torch.split(fused, HEADS, 2)]
 
 
-def first_run(forward: str, backward: str) -> float:
+def first_run(forward: str, backward: str, turned: bool) -> float:
     """Seconds of the first forward and backward pass, for whole and ragged lengths: mostly compilation."""
     torch.randn(8, 8, device="cuda").sum().item()
     use(forward, backward)
+    triton_attention.TURNED = turned
     begun = time.perf_counter()
     for length in (4 * CHUNK, 4 * CHUNK - 15):
         q, k, v = views(length)
@@ -172,21 +180,23 @@ def errors(forward: str, backward: str) -> dict[str, float]:
     return worst
 
 
-def forward_ms(forward: str, length: int, stride: int, rotate: bool) -> float:
+def forward_ms(forward: str, length: int, stride: int, turned: bool) -> float:
     use(forward, "tiled")
+    triton_attention.TURNED = turned
     q, k, v = (x.detach() for x in views(length))
-    options = OPTIONS | {"stride": stride} | ({} if rotate else {"rope_theta": None})
+    options = OPTIONS | {"stride": stride}
     return replay_ms(
         lambda: butterfly_attention_triton(q, k, v, **options), inside=8 if length <= SHORT else 1
     )
 
 
-def backward_ms(backward: str, length: int, stride: int, rotate: bool) -> float:
+def backward_ms(backward: str, length: int, stride: int, turned: bool) -> float:
     """The backward operator alone."""
     use("tiled 64x64", backward)
+    triton_attention.TURNED = turned
     q, k, v = (x.detach() for x in views(length))
     grad = torch.randn(1, length, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    options = OPTIONS | {"stride": stride} | ({} if rotate else {"rope_theta": None})
+    options = OPTIONS | {"stride": stride}
     o, lse = torch.ops.butterfly.attention_fwd(q, k, v, *options.values())
     return replay_ms(
         lambda: torch.ops.butterfly.attention_bwd(grad, q, k, v, o, lse, *options.values()),
@@ -419,9 +429,11 @@ def _measure(report: Report, quick: bool) -> None:
     backwards = [SHIPPED[1]] if quick else list(BACKWARD)
     pairs = [(f, b) for f, b in zip(forwards + [SHIPPED[0]] * 9, backwards, strict=False)]
     pairs += [(f, SHIPPED[1]) for f in forwards[len(backwards) :]]
-    compiled = all_at_once(MODULE, [("first_run", *pair) for pair in pairs], 100)
-    for pair, seconds in zip(pairs, compiled, strict=True):
-        report.add("first run, seconds", " + ".join(pair), seconds)
+    runs = [(*pair, False) for pair in pairs] + ([] if quick else [(*pair, True) for pair in TURNED])
+    for names, seconds in zip(
+        runs, all_at_once(MODULE, [("first_run", *names) for names in runs], 100), strict=True
+    ):
+        report.add("first run, seconds", " + ".join(map(str, names)), seconds)
     ceiling = report.add("ceilings", "measured", report.ask(30, "ceilings"))
     for partner in (False, True):
         name = "own and partner" if partner else "own chunk"
@@ -431,9 +443,9 @@ def _measure(report: Report, quick: bool) -> None:
     for name in backwards:
         report.add("error", name, report.ask(30, "errors", SHIPPED[0], name))
     for name in forwards:
-        report.add("forward 64k, ms", name, report.ask(15, "forward_ms", name, SHORT, STRIDE, True))
+        report.add("forward 64k, ms", name, report.ask(15, "forward_ms", name, SHORT, STRIDE, False))
     for name in backwards:
-        report.add("backward 64k, ms", name, report.ask(15, "backward_ms", name, SHORT, STRIDE, True))
+        report.add("backward 64k, ms", name, report.ask(15, "backward_ms", name, SHORT, STRIDE, False))
     forward = report.best("forward 64k, ms", forwards, SHIPPED[0])
     backward = report.best("backward 64k, ms", backwards, SHIPPED[1])
     print(f"best: {forward}, {backward}", flush=True)
@@ -458,21 +470,18 @@ def _measure(report: Report, quick: bool) -> None:
     report.add("properties", "beyond 2**31", report.ask(30, "beyond_int32", forward, backward))
     for stride in (1, 8, 256):
         report.add(
-            "stride, forward ms", str(stride), report.ask(15, "forward_ms", forward, SHORT, stride, True)
+            "stride, forward ms", str(stride), report.ask(15, "forward_ms", forward, SHORT, stride, False)
         )
         report.add(
-            "stride, backward ms", str(stride), report.ask(15, "backward_ms", backward, SHORT, stride, True)
+            "stride, backward ms", str(stride), report.ask(15, "backward_ms", backward, SHORT, stride, False)
         )
-    for name in dict.fromkeys((forward, "chunk 2/2/1 w4", "chunk 1/1/1 w8")):
-        report.add("no rotation, forward ms", name, report.ask(20, "forward_ms", name, SHORT, STRIDE, False))
-    for name in dict.fromkeys((backward, "fused 2 w4 read 32")):
-        report.add(
-            "no rotation, backward ms", name, report.ask(25, "backward_ms", name, SHORT, STRIDE, False)
-        )
+    for ahead, back in TURNED:
+        report.add("turned, forward ms", ahead, report.ask(20, "forward_ms", ahead, SHORT, STRIDE, True))
+        report.add("turned, backward ms", back, report.ask(20, "backward_ms", back, SHORT, STRIDE, True))
     for name in forwards:
-        report.add("forward 1M, ms", name, report.ask(15, "forward_ms", name, LONG, STRIDE, True))
+        report.add("forward 1M, ms", name, report.ask(15, "forward_ms", name, LONG, STRIDE, False))
     for name in backwards:
-        report.add("backward 1M, ms", name, report.ask(15, "backward_ms", name, LONG, STRIDE, True))
+        report.add("backward 1M, ms", name, report.ask(15, "backward_ms", name, LONG, STRIDE, False))
     report.add(f"{SHORT} characters", "gather + SDPA", report.ask(60, "portable", SHORT))
     report.add(f"{LONG} characters", "full causal", report.ask(30, "full_causal", LONG))
 

@@ -78,6 +78,10 @@ CHUNK_BACKWARD: ChunkTiles | None = None
 """Run the kernels of `triton_chunk_kernels` where they fit; None, until they are measured, the tiled ones."""
 
 
+TURNED = False
+"""For measurements, whole-chunk kernels only: queries and keys come rotated by their offsets."""
+
+
 def tiles(which: Pass, dtype: torch.dtype, chunk_size: int, shared_limit: int) -> Tiles:
     """Tile sizes of one kernel on a card with `shared_limit` bytes of shared memory per block.
 
@@ -228,7 +232,7 @@ def _launch_chunks(
             SPLIT=min(cut.split, chunk_size // 16),
             SCALE=head_dim**-0.5 * math.log2(math.e),
             TOPOLOGY=topology,
-            ROTATE=rope_theta is not None,
+            ROTATE=0 if rope_theta is None else 2 if TURNED else 1,
             WHOLE=length % chunk_size == 0,
             **constants,
             num_warps=cut.num_warps,

@@ -4,7 +4,9 @@
 One program per (chunk, head, batch) brings the keys and values of the chunk and of its partner into shared
 memory once, rotates each key once, and works through the queries in SPLIT tiles. Both chunks of a pair use
 one table of angles: a query turns by its offset against the own chunk, and by a fixed further turn of one
-chunk against the partner; keys only ever turn by their offset. Names are those of `triton_kernels`.
+chunk against the partner; keys only ever turn by their offset. ROTATE 0: nothing turns; 1: everything turns
+here; 2: queries and keys come turned by their offsets and only the further turn is made here. Names are those
+of `triton_kernels`.
 """
 
 import triton
@@ -46,7 +48,7 @@ def _key_block(k_ptr, v_ptr, stride_kn, stride_vn, rows, left, HALF: tl.constexp
 @triton.jit
 def _turned(x1, x2, table_ptr, positions, CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr):
     """Both halves turned by their positions, in their own dtype."""
-    if ROTATE:
+    if ROTATE == 1:
         cos, sin = _angles(table_ptr, positions, CHUNK, HALF)
         y1, y2 = _turn(x1.to(tl.float32), x2.to(tl.float32), cos, sin)
         x1, x2 = y1.to(x1.dtype), y2.to(x2.dtype)
@@ -117,9 +119,11 @@ def _attend_chunk(
         q2 = _read(q_c + HALF, stride_qn, i, left, HALF, WHOLE)
         p1, p2 = q1, q2
         if ROTATE:
-            cos, sin = _angles(table_ptr, i, CHUNK, HALF)
-            y1, y2 = _turn(q1.to(tl.float32), q2.to(tl.float32), cos, sin)
-            q1, q2 = y1.to(p1.dtype), y2.to(p1.dtype)
+            y1, y2 = q1.to(tl.float32), q2.to(tl.float32)
+            if ROTATE == 1:
+                cos, sin = _angles(table_ptr, i, CHUNK, HALF)
+                y1, y2 = _turn(y1, y2, cos, sin)
+                q1, q2 = y1.to(p1.dtype), y2.to(p1.dtype)
             if PARTNER:
                 cos, sin = _angles(table_ptr, tl.zeros([1], tl.int32) + shift, CHUNK, HALF)
                 y1, y2 = _turn(y1, y2, cos, sin)
@@ -194,11 +198,13 @@ def chunk_forward_kernel(
 @triton.jit
 def _turned_queries(
     q_ptr, stride_n, i, left, table_ptr, shift,
-    CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr,
+    CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr, WHOLE: tl.constexpr, FURTHER: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of queries turned by i + shift, in their own dtype."""
+    """Both halves of queries turned by i + shift, in their own dtype; FURTHER: shift is not 0."""
     q1 = _read(q_ptr, stride_n, i, left, HALF, WHOLE)
     q2 = _read(q_ptr + HALF, stride_n, i, left, HALF, WHOLE)
+    if ROTATE == 2 and FURTHER:
+        return _turned(q1, q2, table_ptr, tl.zeros([1], tl.int32) + shift, CHUNK, HALF, 1)
     return _turned(q1, q2, table_ptr, i + shift, CHUNK, HALF, ROTATE)
 
 
@@ -251,7 +257,7 @@ def _store_gradient(
     """Stores both halves of the gradient of something turned by its rows."""
     x1 = x1 * (SCALE * 0.6931471805599453)
     x2 = x2 * (SCALE * 0.6931471805599453)
-    if ROTATE:
+    if ROTATE == 1:
         # ".ca" is the default caching. Naming it keeps the compiler from merging these loads with earlier
         # equal ones, which would hold the angles in registers all the way.
         entries = table_ptr + (rows + CHUNK)[:, None] * HALF + tl.arange(0, HALF)[None, :]
@@ -287,7 +293,7 @@ def _reader_side(
     dv = tl.zeros([BLOCK, D], tl.float32)
     for t in range(0, queries, READ):
         i = t + tl.arange(0, READ)
-        q1, q2 = _turned_queries(q_r, stride_qn, i, left, table_ptr, shift, CHUNK, HALF, ROTATE, WHOLE)
+        q1, q2 = _turned_queries(q_r, stride_qn, i, left, table_ptr, shift, CHUNK, HALF, ROTATE, WHOLE, True)
         do = _read(do_r, stride_gn, i, left, D, WHOLE)
         delta = _delta(do, o_r, i, left, HEADS, D, WHOLE)
         lse = _row(lse_r, i, left, WHOLE)
@@ -311,7 +317,7 @@ def _reader_side_twice(
     dvb = tl.zeros([BLOCK, D], tl.float32)
     for t in range(0, queries, READ):
         i = t + tl.arange(0, READ)
-        q1, q2 = _turned_queries(q_r, stride_qn, i, left, table_ptr, shift, CHUNK, HALF, ROTATE, WHOLE)
+        q1, q2 = _turned_queries(q_r, stride_qn, i, left, table_ptr, shift, CHUNK, HALF, ROTATE, WHOLE, True)
         do = _read(do_r, stride_gn, i, left, D, WHOLE)
         delta = _delta(do, o_r, i, left, HEADS, D, WHOLE)
         lse = _row(lse_r, i, left, WHOLE)
@@ -362,7 +368,9 @@ def _query_phase(
         dq1 = tl.zeros([BLOCK, HALF], tl.float32)
         dq2 = tl.zeros([BLOCK, HALF], tl.float32)
         if PARTNER:
-            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, shift, CHUNK, HALF, ROTATE, WHOLE)
+            q1, q2 = _turned_queries(
+                q_c, stride_qn, i, left, table_ptr, shift, CHUNK, HALF, ROTATE, WHOLE, True
+            )
             seen = rows[None, :] < p_left
             dq1, dq2 = _query_side(q1, q2, do, lse, delta, pa1, pa2, pav, seen, dq1, dq2, SCALE, BOUNDED)
             if SPLIT == 2:
@@ -372,7 +380,7 @@ def _query_phase(
                 cos, sin = _angles(table_ptr, tl.zeros([1], tl.int32) + shift, CHUNK, HALF)
                 dq1, dq2 = _turn(dq1, dq2, cos, -sin)
         if OWN:
-            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE, WHOLE)
+            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE, WHOLE, False)
             seen = rows[None, :] < left if MUTUAL else i[:, None] >= rows[None, :]
             dq1, dq2 = _query_side(
                 q1,
@@ -476,7 +484,7 @@ def chunk_backward_kernel(
             k1, k2, v, dk1, dk2, dv = kb1, kb2, vb, dkb1, dkb2, dvb
         for m in tl.static_range(0 if MUTUAL else n, SPLIT):
             i = rows + m * BLOCK
-            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE, WHOLE)
+            q1, q2 = _turned_queries(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE, WHOLE, False)
             do = _read(do_c, stride_gn, i, left, D, WHOLE)
             delta = _delta(do, o_c, i, left, HEADS, D, WHOLE)
             lse = _row(lse_c, i, left, WHOLE)
