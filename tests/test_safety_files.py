@@ -340,8 +340,12 @@ def test_names_of_files_cannot_command_a_terminal(tmp_path: Path) -> None:
 
 
 def test_what_an_archive_says_of_itself_cannot_break_the_line(tmp_path: Path) -> None:
-    header = b"data.tar.\n\x1bz   0           0     0     100644  3         `\n"
-    path = text(tmp_path / "a.deb", b"!<arch>\n" + header + b"abc")
-    with pytest.raises(ValueError) as caught:
-        read_context([path])
-    assert str(caught.value).isprintable() and "unknown compression" in str(caught.value)
+    for name, size, said in (
+        ("data.tar.\n\x1bz", "3", "unknown compression '.\\n\\x1bz'"),
+        ("data.tar", "", "no size"),
+    ):
+        header = f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{size:10}`\n".encode()
+        path = text(tmp_path / "a.deb", b"!<arch>\n" + header + b"abc")
+        with pytest.raises(ValueError, match=r"a\.deb: cannot read as an archive") as caught:
+            read_context([path])
+        assert str(caught.value).isprintable() and said in str(caught.value)

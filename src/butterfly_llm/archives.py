@@ -175,6 +175,8 @@ def _deb_data(file: BinaryIO) -> tuple[str, BinaryIO]:
         raise tarfile.ReadError("not a Debian package")
     while len(header := file.read(60)) == 60:
         name = header[:16].decode("latin-1").rstrip(" /")
+        if not header[48:58].strip().isdigit():
+            raise tarfile.ReadError("a member of the package has no size")
         size = int(header[48:58])
         if name.startswith("data.tar"):
             return name, io.BytesIO(file.read(size))
