@@ -32,6 +32,7 @@ from butterfly_llm.ops.portable import (
 )
 from butterfly_llm.ops.prefill import prefill_attention_whole
 from butterfly_llm.ops.rope import rope_table
+from butterfly_llm.ops.triton_step import step_attention_triton
 from butterfly_llm.recompute import Recompute, recomputed_layer
 from butterfly_llm.routing import LayerRoute
 
@@ -465,7 +466,9 @@ class Butterfly(nn.Module):
         The rings are whole, and the caller keeps the positions: `cache.position` is neither read nor changed.
         A stream may be stepped without going on: its next step or prefill overwrites what this one wrote.
         """
-        x = self._stream(ids, positions, cache.windows(), step_attention_each, partner_row_step_each)
+        fused = (self.backend or default_backend(ids.device)) == "triton"
+        attend = step_attention_triton if fused else step_attention_each
+        x = self._stream(ids, positions, cache.windows(), attend, partner_row_step_each)
         return cast(Tensor, self.head(self.norm(x)).float())
 
     def _on_cpu_in_float32(self, cache: Cache) -> bool:

@@ -100,8 +100,10 @@ class Generate:
         )
 
     def _write(self, model: Butterfly, cache: Cache, sampling: SamplingConfig) -> None:
+        from butterfly_llm.decode import Decoder
         from butterfly_llm.generate import generate_text
 
+        on_gpu = cache.keys[0].device.type == "cuda" and cache.paged is None
         for piece in generate_text(
             model,
             b"",
@@ -110,6 +112,7 @@ class Generate:
             max_chars=self.max_chars,
             cache=cache,
             stop=("\0", *self.stop),  # NUL ends a document
+            step=Decoder(model, cache).step if on_gpu else None,
         ):
             write(piece)
 
