@@ -1,7 +1,8 @@
 """Benchmarks: `butterfly bench NAME`, or `python -m butterfly_llm.bench.NAME` where only torch is installed.
 
 Each prints a table and, as the last line of stdout, one JSON object. A module has `add_options`, `measure`
-(options to the object) and `main`, which is `run` with both.
+(options to the object) and `main`, which is `run` with both. `butterfly plot scaling` draws the `rows` of an
+object: `what`, `length` (characters), and `chars_per_second` or `bytes`.
 """
 
 from __future__ import annotations
