@@ -13,8 +13,9 @@ schemathesis = pytest.importorskip("schemathesis")
 
 from hypothesis import HealthCheck, given, settings
 
-from butterfly_llm.engine import Engine, Serial
+from butterfly_llm.engine import Engine
 from butterfly_llm.serve import create_app
+from butterfly_llm.slots import stepper_for
 from serving import TOKEN, model, one_thread
 
 __all__ = ["model", "one_thread"]  # fixtures
@@ -30,7 +31,7 @@ EXAMPLES = 40
 
 @pytest.fixture(scope="module")
 def schema(model):
-    with Engine(Serial(model), slots=8, contexts=4, slice_chars=64) as engine:
+    with Engine(stepper_for(model, 8), slots=8, contexts=4, slice_chars=64) as engine:
         app = create_app(engine, token=TOKEN, max_chars=8)
         yield schemathesis.openapi.from_asgi("/openapi.json", app, headers=HEADERS)
 
