@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--recall", type=int, nargs="*", default=[4_096, 16_384, 65_536], help="lengths")
     parser.add_argument("--windows", type=int, default=32, help="windows for each number of hops")
     parser.add_argument("--distractors", type=int, nargs="+", default=[0, 15])
-    parser.add_argument("--json", type=Path, help="also write the JSON object here")
+    parser.add_argument("--json", type=Path, help="keep the JSON object here as it grows")
     options = parser.parse_args()
 
     device = pick_device("auto")
@@ -48,12 +48,17 @@ def main() -> None:
         model.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         return model
 
+    def keep(kind: str, label: str, values: dict[str, Any]) -> None:
+        out[kind][label] = values
+        if options.json:
+            options.json.write_text(json.dumps(out) + "\n")
+
     def bits(label: str, model: Any, context: int) -> None:
         begun = time.perf_counter()
         result = evaluate(model, documents, context=context, batch_chars=131_072, compressors=False)
-        out["bits"][label] = {"seconds": round(time.perf_counter() - begun, 1), **result.to_dict()}
         print(f"{label}: {result.bits_per_char:.4f} bits/char on {result.chars:,} characters", flush=True)
         print("  " + ", ".join(f"{b.start:,}: {b.bits_per_char:.4f}" for b in result.buckets), flush=True)
+        keep("bits", label, {"seconds": round(time.perf_counter() - begun, 1), **result.to_dict()})
 
     if options.other:
         bits(f"other, context {options.contexts[0]}", load(options.other), options.contexts[0])
@@ -61,21 +66,17 @@ def main() -> None:
     out["parameters"] = model.num_parameters()
     for context in options.contexts:
         bits(f"context {context}", model, context)
-        repeats = evaluate_repeats(model, documents, context=context)
-        out["repeats"][f"context {context}"] = json.loads(repeats.to_json())
-        print("\n".join(repeats.lines()), flush=True)
     for distractors in options.distractors:
         for length in options.recall:
             needles = Needles(distractors=distractors)
             result = evaluate_recall(model, text, length=length, windows=options.windows, needles=needles)
-            label = f"length {length}, {distractors} distractors"
-            out["recall"][label] = json.loads(result.to_json())
             shares = ", ".join(f"{hops}: {share:.2f}" for hops, (share, _) in result.by_hops.items())
-            print(f"recall, {label}, by hops: {shares}", flush=True)
-    line = json.dumps(out)
-    if options.json:
-        options.json.write_text(line + "\n")
-    print(line)
+            print(f"recall, length {length}, {distractors} distractors, by hops: {shares}", flush=True)
+            keep("recall", f"length {length}, {distractors} distractors", json.loads(result.to_json()))
+    repeats = evaluate_repeats(model, documents, context=options.contexts[0])
+    print("\n".join(repeats.lines()), flush=True)
+    keep("repeats", f"context {options.contexts[0]}", json.loads(repeats.to_json()))
+    print(json.dumps(out))
 
 
 def _name(device: torch.device) -> str:
