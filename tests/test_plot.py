@@ -126,18 +126,37 @@ def test_reach_figure_says_what_each_routing_connects(tmp_path, labels):
     assert {"100%", "20%", "15%", "pass 5"} <= set(labels)
 
 
+def evaluation(rate, **others):
+    buckets = [{"start": 0, "stop": 128, "bits_per_char": 2 * rate}]
+    buckets.append({"start": 128, "stop": 1024, "bits_per_char": rate})
+    return {"bits_per_char": 1.125 * rate, "buckets": buckets, **others}
+
+
 def test_context_figure_shows_the_rates_of_every_bucket(tmp_path, labels):
-    files = []
-    for name, rate in (("short", 1.5), ("long", 1.25)):
-        buckets = [
-            {"start": 0, "stop": 128, "chars": 128, "bits_per_char": 2 * rate},
-            {"start": 128, "stop": 1024, "chars": 896, "bits_per_char": rate},
-        ]
-        files.append(tmp_path / f"{name}.json")
-        files[-1].write_text(json.dumps({"buckets": buckets, "xz": 1.75, "zstd": None}))
-    plot_context(files, tmp_path / "context.png")
-    assert {"3.00", "1.50", "2.50", "1.25", "xz \u22129e  1.75", "short", "long", "128", "1k"} <= set(labels)
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps(evaluation(1.5, xz=1.75, zstd=None)))
+    plot_context([file], tmp_path / "context.png")
+    assert {"3.00", "1.50", "xz \u22129e  1.75", "128", "1k"} <= set(labels)
     assert not any("zstd" in label for label in labels)
+
+
+def test_context_figure_names_its_curves(tmp_path, labels):
+    one, several = tmp_path / "one.json", tmp_path / "held_out.txt"
+    one.write_text(json.dumps(evaluation(1.0)))
+    several.write_text("a table\n" + json.dumps({"bits": {"context 2048": evaluation(2.0)}}))
+    plot_context([one, several], tmp_path / "context.png")
+    assert {"one: 1.125", "context 2048: 2.250"} <= set(labels)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"bits": {"x": {}}}', '{"bits_per_char": 1, "buckets": []}']
+)
+def test_evaluations_that_are_none_are_refused(tmp_path, text):
+    path = tmp_path / "eval.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"eval\.json: not the output of butterfly eval --json"):
+        plot_context([path], tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_scaling_figure_shows_speed_and_memory(tmp_path, labels):

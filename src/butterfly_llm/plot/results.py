@@ -50,11 +50,12 @@ def plot_loss(metrics: str | Path, path: str | Path) -> None:
 
 
 def plot_context(evaluations: Sequence[str | Path], path: str | Path) -> None:
-    """Draw bits per character by position in the context, from files of `butterfly eval --json`.
+    """Draw bits per character by position in the context, from outputs of `butterfly eval --json`.
 
-    The compressors' rates of the first file are lines across. Raises as `plot_loss` does.
+    Outputs of benchmarks/held_out.py give a curve for each context. The compressors' rates of the first
+    evaluation are lines across. Raises as `plot_loss` does.
     """
-    results = [(Path(file).stem, _read_evaluation(Path(file))) for file in evaluations]
+    results = [each for file in evaluations for each in _read_evaluations(Path(file))]
     with new_figure(path, width=7.2, height=4.0) as figure:
         figure.set_layout_engine("constrained")
         axes = figure.subplots()
@@ -62,8 +63,11 @@ def plot_context(evaluations: Sequence[str | Path], path: str | Path) -> None:
             buckets = result["buckets"]
             edges = [32, *(bucket["stop"] for bucket in buckets)]
             rates = [bucket["bits_per_char"] for bucket in buckets]
-            axes.stairs(rates, edges, baseline=None, color=colour, linewidth=2.2, label=name)
+            label = f"{name}: {result['bits_per_char']:.3f}"
+            axes.stairs(rates, edges, baseline=None, color=colour, linewidth=2.2, label=label)
             for rate, left, right in zip(rates, edges, edges[1:], strict=False):
+                if len(results) > 1:
+                    break  # curves that lie close would write over each other
                 axes.annotate(
                     f"{rate:.2f}", ((left * right) ** 0.5, rate), xytext=(0, 4), textcoords="offset points",
                     ha="center", color=colour, fontsize=8,
@@ -158,15 +162,19 @@ def _cycle() -> Iterator[str]:
     return itertools.cycle(COLOURS)
 
 
-def _read_evaluation(path: Path) -> dict[str, Any]:
-    """The object of `butterfly eval --json`; ValueError for anything else."""
+def _read_evaluations(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(name, evaluation) of each one in a file; ValueError where there is none."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        buckets = [(int(b["start"]), int(b["stop"]), float(b["bits_per_char"])) for b in result["buckets"]]
-        if not buckets:
-            raise ValueError("no buckets")
-        return dict(result)
-    except (ValueError, KeyError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        results = list(found["bits"].items()) if "bits" in found else [(path.stem, found)]
+        for _, result in results:
+            numbers = [result["bits_per_char"]]
+            for bucket in result["buckets"]:
+                numbers += [bucket["stop"], bucket["bits_per_char"]]
+            if len(numbers) == 1 or not all(isinstance(number, int | float) for number in numbers):
+                raise ValueError("no figures")
+        return results
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: not the output of butterfly eval --json ({error!r})") from None
 
 
