@@ -1,8 +1,8 @@
-"""What one chunk knows arrives at every later one: learnt from nothing, over every distance, in about a minute.
+"""What one chunk knows arrives at every later one: learnt from nothing, over every distance, in a minute.
 
-Random letters with one `#x`; at the end of the window stands `#`, and the answer is x (`tasks.induction`). The
-window is nine chunks, so that the question stands in chunk 8, binary 1000: a masked XOR reaches nothing but
-chunk 0 from there, and six layers that read the chunk before reach six chunks.
+Random letters with one `#x`; at the end of the window stands `#`, and the answer is x (`tasks.induction`).
+The window is nine chunks, so that the question stands in chunk 8, binary 1000: a masked XOR reaches nothing
+but chunk 0 from there, and six layers that read the chunk before reach six chunks.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ RATE = 8e-3
 
 def model(**changes: Any) -> Butterfly:
     config = ButterflyConfig.preset(
-        "micro", hidden_size=32, num_heads=1, num_kv_heads=1, head_dim=32, intermediate_size=64, carry_size=16,
-        num_local_layers=1, num_passes=1, num_levels=4, num_refine_layers=1, chunk_size=CHUNK,
+        "micro", hidden_size=32, num_heads=1, num_kv_heads=1, head_dim=32, intermediate_size=64,
+        carry_size=16, num_local_layers=1, num_passes=1, num_levels=4, num_refine_layers=1, chunk_size=CHUNK,
     )  # fmt: skip
     torch.manual_seed(0)
     return Butterfly(ButterflyConfig.from_dict({**config.to_dict(), **changes}))
@@ -45,7 +45,7 @@ def draw(generator: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
 
 
 def ask_more_often(window: Tensor, generator: np.random.Generator) -> Tensor:
-    """Write `#x` again at up to eleven places after the first, and weigh every answer but the first: (LENGTH,)."""
+    """Write `#x` at up to eleven more places; weights (LENGTH,) of all answers, not of the first `#x`."""
     sign, x = ord("#"), int(window[-1])
     first = int((window == sign).nonzero()[0])
     if first + 4 < LENGTH - 3:
