@@ -63,6 +63,25 @@ def test_stream_with_json_leaves_stdout_to_the_object(run, checkpoint, monkeypat
     assert result["rows"][-1]["bytes"] == random_model(ButterflyConfig.preset("micro")).new_cache().nbytes
 
 
+def test_prefill_and_decode_measure_every_length(run, monkeypatch):
+    monkeypatch.setattr("butterfly_llm.bench.prefill.matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr("butterfly_llm.bench.decode.read_bandwidth", lambda *_: 1e9)
+    micro = ("--preset", "micro", "--levels", 4, "--kv-heads", 1)
+    code, out, _ = run("prefill", *micro, "--lengths", 100, 300, "--slice", 64, "--repeats", 1)
+    *table, last = out.splitlines()
+    result = json.loads(last)
+    assert (code, result["num_levels"], result["num_kv_heads"]) == (0, 4, 1) and len(table) == 3
+    assert [(row["length"], row["slice"]) for row in result["rows"]] == [(100, 64), (300, 64)]
+    assert all(row["chars_per_second"] > 0 and row["bytes"] is None for row in result["rows"])
+
+    code, out, _ = run("decode", *micro, "--contexts", 40, 200, "--streams", 1, 3, "--steps", 2)
+    result = json.loads(out.splitlines()[-1])
+    rows = [(row["length"], row["streams"]) for row in result["rows"]]
+    assert (code, rows) == (0, [(40, 1), (40, 3), (200, 1), (200, 3)])
+    assert set(result["long_over_short"]) == {"1", "3"} and not result["captured"]
+    assert result["rows"][1]["bytes"] == 3 * result["rows"][0]["bytes"]
+
+
 def test_rings_agree_with_forward_and_shrink(run, checkpoint, tmp_path):
     (tmp_path / "a").write_bytes(bytes(range(256)) * 2)
     (tmp_path / "b").write_bytes(b"Some text. " * 40)
@@ -115,8 +134,13 @@ def test_ops_without_a_gpu_is_one_line(run):
     [
         (
             "trian",
-            "unknown benchmark 'trian' (did you mean 'train'?): there are batch, ops, rings, stream, train",
+            "unknown benchmark 'trian' (did you mean 'train'?): there are batch, decode, ops, prefill, ",
         ),
+        ("prefill --lengths 0", "--lengths, --slice and --repeats must be at least 1"),
+        ("prefill --levels 13", "bench prefill: --levels and --kv-heads go with --preset"),
+        ("prefill --limit-gb 24", "--limit-gb needs --device cuda"),
+        ("decode --contexts 0", "--contexts, --streams and --steps must be at least 1"),
+        ("decode --preset smal", "unknown preset 'smal' (did you mean 'small'?)"),
         ("rings", "the following arguments are required: files"),
         ("rings nosuch", "nosuch"),
         ("rings README --chars 1", "--chars must be at least 2"),
@@ -127,7 +151,7 @@ def test_ops_without_a_gpu_is_one_line(run):
         ("train --preset smal", "unknown preset 'smal' (did you mean 'small'?)"),
         ("train --backends tritn", "invalid choice: 'tritn'"),
         ("train --chars 10 --lengths 11", "--lengths from 1 to --chars"),
-        ("", "{batch,ops,rings,stream,train}"),
+        ("", "{batch,decode,ops,prefill,rings,stream,train}"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(run, arguments, message):

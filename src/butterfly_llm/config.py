@@ -110,6 +110,11 @@ class ButterflyConfig:
         """Characters that one pass connects: chunk_size * 2**num_levels."""
         return self.chunk_size << self.num_levels
 
+    def with_levels(self, num_levels: int) -> ButterflyConfig:
+        """Passes of `num_levels` in as many layers, the last one incomplete; for a new training."""
+        passes, extra = divmod(self.num_butterfly_layers, num_levels)
+        return dataclasses.replace(self, num_passes=passes, num_levels=num_levels, num_extra_levels=extra)
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ButterflyConfig:
         """A named config, with optional changed fields. ValueError names the presets there are."""

@@ -40,7 +40,12 @@ def available_bytes(device: str = "cpu") -> int | None:
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+        where = torch.device(device)
+        free, total = torch.cuda.mem_get_info(where)
+        # What this process has reserved but does not use is free to it; it may also have a limit of its own.
+        held = torch.cuda.memory_allocated(where)
+        free += torch.cuda.memory_reserved(where) - held
+        return min(free, int(torch.cuda.get_per_process_memory_fraction(where) * total) - held)
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

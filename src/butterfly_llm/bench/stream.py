@@ -63,8 +63,9 @@ def prefill_operations(model: Butterfly, num_chars: int) -> float:
 
 
 def step_bytes(model: Butterfly, cache: Cache) -> int:
-    """What one character must read: every matrix once, and keys and values of two chunks a layer."""
-    weights = sum(p.nbytes for p in model.parameters() if p.ndim == 2) - model.embed.weight.nbytes
+    """What a step must read: every matrix in the compute dtype, keys and values of two chunks a layer."""
+    values = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.embed.weight.numel()
+    weights = values * model.compute_dtype.itemsize
     rings = sum(x[:, :, :1].nbytes for x in (*cache.keys, *cache.values))
     return int(weights + 1.5 * rings)  # half of the own chunk on average
 

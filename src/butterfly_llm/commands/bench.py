@@ -13,9 +13,10 @@ import tyro
 class Bench:
     """Measure this machine: a table, then one JSON object as the last line. Each has options of its own."""
 
-    name: tyro.conf.Positional[Literal["batch", "ops", "rings", "stream", "train"]]
-    """batch: many streams at once; ops: one attention layer on a GPU; rings: bits per character of rings in
-    fewer bits; stream: reading and writing; train: whole training steps."""
+    name: tyro.conf.Positional[Literal["batch", "decode", "ops", "prefill", "rings", "stream", "train"]]
+    """batch: many streams at once; decode: writing after short and long texts; ops: one attention layer on a
+    GPU; prefill: reading texts of growing length; rings: bits per character of rings in fewer bits; stream:
+    reading and writing; train: whole training steps."""
     options: tyro.conf.Positional[tuple[str, ...]] = ()
     """Options of that benchmark."""
 

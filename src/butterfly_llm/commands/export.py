@@ -1,4 +1,4 @@
-"""`butterfly export`: a model in fewer bits."""
+"""`butterfly export`: a model in fewer bits, or with more levels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model in fewer bits: of a run, the finished model or the newest checkpoint."""
+    """Write a model in fewer bits or with more levels: of a run, the finished or the newest one."""
 
     model: tyro.conf.Positional[Path]
     """Folder of a run, a checkpoint or a model."""
@@ -19,10 +19,17 @@ class Export:
     """Folder of the new model; replaced if it holds one already."""
     dtype: Literal["float32", "bfloat16", "int8"] = "int8"
     """Type of the matrices; int8 takes a byte a weight and a scale for each row."""
+    levels: int | None = None
+    """Levels of a pass, more than it has: new layers that change nothing until they are trained."""
 
     def run(self) -> None:
         from butterfly_llm import load_pretrained
         from butterfly_llm.checkpoint import save_model
 
-        save_model(load_pretrained(self.model), self.out, dtype=self.dtype)
+        model = load_pretrained(self.model)
+        if self.levels is not None:
+            from butterfly_llm.extend import extend_levels
+
+            model = extend_levels(model, self.levels)
+        save_model(model, self.out, dtype=self.dtype)
         print(self.out)

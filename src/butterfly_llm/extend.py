@@ -1,0 +1,70 @@
+"""More levels for a trained model: each pass reaches further, and nothing it does so far changes.
+
+A pass of 9 levels connects 65,536 characters, one of 13 connects 1,048,576. Giving the layers there are new
+strides would make most of them read at distances that they were not trained for. Instead each pass gets its
+new levels at its end, as copies of its farthest layer whose two outputs are set to zero: until it is trained
+on, the longer model writes the same characters. Only the carry looks further at once, beyond the old reach.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from butterfly_llm.cache import routes_of
+from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.model import Butterfly
+
+
+def extend_levels(model: Butterfly, num_levels: int) -> Butterfly:
+    """A copy of `model` whose whole passes have `num_levels` levels, on its device.
+
+    Its logits are those of `model` for texts up to the old reach. ValueError for a model without a whole
+    pass, and for levels that are not more than it has.
+    """
+    config = model.config
+    if num_levels <= config.num_levels:
+        raise ValueError(f"extend: the model has {config.num_levels} levels, {num_levels} are not more")
+    if config.num_passes == 0:
+        raise ValueError("extend: the model has no whole pass that new levels could continue")
+    longer = dataclasses.replace(config, num_levels=num_levels)
+    with torch.device(model.embed.weight.device), torch.random.fork_rng(devices=[]):
+        extended = Butterfly(longer)
+    values = dict(model.named_parameters())
+    sources = dict(_sources(config, longer))
+    with torch.no_grad():
+        for name, parameter in extended.named_parameters():
+            source, muted = _source(name, config.num_local_layers, sources)
+            parameter.copy_(values[source])
+            if muted:
+                parameter.zero_()
+    extended.compute_dtype = model.compute_dtype
+    return extended
+
+
+def _sources(config: ButterflyConfig, longer: ButterflyConfig) -> Iterator[tuple[int, tuple[int, bool]]]:
+    """For each layer of the longer model the layer it continues, and whether it is new."""
+    old = {(r.pass_index, r.level): r.index for r in routes_of(config) if r.stage == "butterfly"}
+    added = longer.num_layers - config.num_layers
+    for route in routes_of(longer):
+        if route.stage == "local":
+            yield route.index, (route.index, False)
+        elif route.stage == "refine":
+            yield route.index, (route.index - added, False)
+        else:
+            level = min(route.level, config.num_levels - 1)
+            yield route.index, (old[route.pass_index, level], route.level > level)
+
+
+def _source(name: str, num_local: int, sources: dict[int, tuple[int, bool]]) -> tuple[str, bool]:
+    """The parameter that one of the longer model is copied from, and whether it is then set to zero."""
+    kind, _, rest = name.partition(".")
+    if kind not in ("layers", "merges"):
+        return name, False
+    number, _, rest = rest.partition(".")
+    first = num_local if kind == "merges" else 0  # merges are those of the butterfly layers
+    source, new = sources[int(number) + first]
+    muted = new and rest in ("attention.out.weight", "feed_forward.down.weight")
+    return f"{kind}.{source - first}.{rest}", muted

@@ -1,0 +1,97 @@
+"""More levels for a trained model: the same characters at first, and layers that learn when trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from butterfly_llm.checkpoint import load_pretrained, save_model
+from butterfly_llm.cli import main
+from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.extend import extend_levels
+from conftest import random_model
+
+SHAPES = {
+    "micro": {},
+    "extra levels, gated": {"num_extra_levels": 2, "feed_forward": "swiglu"},
+    "no carry": {"carry_size": 0, "num_refine_layers": 2},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_longer_model_writes_the_same_within_the_old_reach(shape: str) -> None:
+    model = random_model(ButterflyConfig.preset("micro", **SHAPES[shape]))
+    longer = extend_levels(model, 5)
+    assert longer.config == dataclasses.replace(model.config, num_levels=5)
+    assert longer.config.num_layers == model.config.num_layers + 2 * 2
+    assert longer.config.reach_chars == 4 * model.config.reach_chars
+    ids = torch.randint(256, (2, model.config.reach_chars), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(longer(ids), model(ids), rtol=0, atol=1e-5)
+    cache = longer.new_cache(2)
+    torch.testing.assert_close(longer.prefill(ids, cache), model(ids)[:, -1], rtol=0, atol=1e-4)
+    # The carry of a first pass hears further at once, and later passes read it.
+    beyond = torch.randint(256, (1, 3 * model.config.reach_chars))
+    same = torch.allclose(longer(beyond), model(beyond), atol=1e-4)
+    assert same == (model.config.carry_size == 0)
+
+
+def test_new_layers_learn() -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    longer = extend_levels(model, 4)
+    new = [i for i, route in enumerate(longer.routes) if route.level == 3]
+    assert len(new) == 2 and not any(longer.layers[i].attention.out.weight.any() for i in new)
+    ids = torch.randint(256, (1, 300), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(longer.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = longer.loss(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    for i in new:
+        layer = longer.layers[i]
+        assert layer.attention.out.weight.any() and layer.feed_forward.down.weight.any()
+
+
+def test_what_cannot_be_extended_is_refused() -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    with pytest.raises(ValueError, match="the model has 3 levels, 3 are not more"):
+        extend_levels(model, 3)
+    with pytest.raises(ValueError, match="no whole pass"):
+        extend_levels(random_model(dataclasses.replace(model.config, num_passes=0)), 5)
+
+
+def test_export_writes_a_longer_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    save_model(model, tmp_path / "model")
+    main(
+        [
+            "export",
+            str(tmp_path / "model"),
+            "--out",
+            str(tmp_path / "longer"),
+            "--levels",
+            "4",
+            "--dtype",
+            "float32",
+        ]
+    )
+    longer = load_pretrained(tmp_path / "longer")
+    ids = torch.randint(256, (1, 100))
+    torch.testing.assert_close(longer(ids), model(ids), rtol=0, atol=1e-5)
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "model"), "--out", str(tmp_path / "x"), "--levels", "2"])
+    assert (
+        "the model has 3 levels, 2 are not more" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    )
+
+
+def test_levels_for_a_new_training_keep_the_layers() -> None:
+    config = ButterflyConfig.preset("full").with_levels(13)
+    assert (config.num_passes, config.num_extra_levels, config.num_layers) == (3, 6, 53)
+    assert config.reach_chars == 1_048_576
