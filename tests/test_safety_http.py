@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from butterfly_llm.engine import Engine
 from butterfly_llm.serve import create_app
 from butterfly_llm.slots import stepper_for
-from serving import TOKEN, model, one_thread
+from serving import TOKEN, model
 
-__all__ = ["model", "one_thread"]  # fixtures
+__all__ = ["model"]  # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 PATHS = {
