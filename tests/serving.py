@@ -60,10 +60,10 @@ class Slow(Separate):
         self.calls.append("read")
         return super().read(characters, cache)
 
-    def step(self, characters, caches):
+    def step(self, characters, caches, shares=None):
         self.calls.append(f"step of {len(caches)}")
         time.sleep(self.seconds)
-        return super().step(characters, caches)
+        return super().step(characters, caches, shares)
 
     def alive(self):
         gc.collect()

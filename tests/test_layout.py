@@ -13,17 +13,18 @@ MAX_LINES = 600
 # A module imports strictly lower ranks only; a folder is one room, whose modules may import each other.
 RANKS = {
     "config": 0, "text": 0, "memory": 0, "archives": 0, "licenses": 0, "signals": 0, "terminal": 0,
-    "guard": 0, "protocol": 0, "folder": 0, "tracking": 0,
+    "guard": 0, "protocol": 0, "metrics": 0, "folder": 0, "tracking": 0,
     "routing": 1, "data": 1, "rings": 1,
     "ops": 2, "cache": 2, "recompute": 2,
     "model": 3,
     "checkpoint": 4, "state": 4, "slots": 4, "decode": 4, "extend": 4, "generate": 4, "evaluate": 4,
     "recall": 4, "optim": 4, "reporting": 4,
     "train": 5, "repeats": 5, "tasks": 5, "plot": 5, "hf": 5, "engine": 5,
-    "serve": 6, "bench": 6,
-    "commands": 7,
-    "cli": 8,
-    "__main__": 9,
+    "answers": 6, "shelf": 6, "bench": 6,
+    "serve": 7,
+    "commands": 8,
+    "cli": 9,
+    "__main__": 10,
 }  # fmt: skip
 OPTIONAL = (
     "matplotlib",

@@ -24,6 +24,7 @@ from butterfly_llm.engine import Busy, Engine, Finished, Job, Read, Written
 from butterfly_llm.generate import generate
 from butterfly_llm.protocol import ChatMessage, chat_text
 from butterfly_llm.serve import create_app
+from butterfly_llm.state import load_state, save_state
 from serving import ENVIRONMENT, PROMPTS, TOKEN, Slow, events, model, one, served, solo, until
 
 __all__ = ["model"]  # a fixture
@@ -143,7 +144,7 @@ def test_an_answer_in_a_chat_ends_where_the_user_would_speak(model):
             super().read(characters, cache)
             return self.next()
 
-        def step(self, characters, caches):
+        def step(self, characters, caches, shares=None):
             return self.next()
 
         def next(self):
@@ -207,10 +208,11 @@ def test_reading_a_context_shows_its_progress_and_contexts_are_limited(model):
 
 
 def test_models_health_and_metrics(model):
-    with served(model, name="micro", reach=128) as (call, engine):
+    with served(model, name="micro") as (call, engine):
         (listed,) = call("GET", "/v1/models").json()["data"]
         assert (listed["id"], listed["object"], listed["encoding"]) == ("micro", "model", "latin-1")
-        assert listed["state_bytes"] == engine.stepper.nbytes
+        assert listed["state_bytes"] == engine.stepper.nbytes and listed["reach_chars"] == 128
+        assert [layer["stride"] for layer in listed["layers"]] == [1, 1, 2, 4, 1, 2, 4, 1]
         assert call("GET", "/health").json() == {"status": "ok"}
         call("POST", "/v1/completions", {"prompt": "abcd", "max_tokens": 9, "temperature": 0})
         call("POST", "/v1/completions", {"prompt": ""})
@@ -221,7 +223,78 @@ def test_models_health_and_metrics(model):
         assert found["butterfly_characters_written_total"] == "9"
         assert found['butterfly_streams_total{reason="length"}'] == "1"
         assert found['butterfly_http_responses_total{code="422"}'] == "1"
+        assert found["butterfly_streams_waiting"] == "0"
+        buckets = [int(value) for name, value in found.items() if "step_seconds_bucket" in name]
+        assert buckets == sorted(buckets) and buckets[-1] == 8  # the ninth character is not read any more
+        assert found["butterfly_step_seconds_count"] == "8"
+        assert float(found["butterfly_step_seconds_sum"]) > 0
         assert found["butterfly_slots_used"] == "0" and found["butterfly_state_bytes"] == "0"
+
+
+def test_a_stream_tells_where_its_characters_listen(model):
+    with served(model) as (call, _):
+        asked = {"prompt": "x" * 14, "max_tokens": 30, "temperature": 0, "stream": True}
+        plain = events(call("POST", "/v1/completions", asked))
+        parts = events(call("POST", "/v1/completions", {**asked, "attention": True}))
+        assert [p["choices"][0]["text"] for p in parts if p["choices"]] == [
+            p["choices"][0]["text"] for p in plain
+        ]
+        heard = [part["attention"] for part in parts if "attention" in part]
+        assert [each["position"] for each in heard] == list(range(14, 43))
+        assert "attention" in parts[1] and parts[-1]["choices"], "one after each character, not at the end"
+        first, later = heard[0]["own"], heard[-1]["own"]
+        assert first == [1.0] * 8  # chunk 0 has no partner
+        # chunk 2 hears chunk 1 and 0, but not four back
+        assert [share == 1 for share in later] == [False, False, False, True, False, False, True, False]
+        assert all(0 < share <= 1 for share in later)
+        refused = call("POST", "/v1/completions", {**asked, "attention": True, "stream": False})
+        assert refused.status_code == 422 and "stream" in refused.text
+
+
+def test_contexts_are_saved_and_loaded_by_name(model, tmp_path):
+    text = "".join(PROMPTS)
+    with served(model, states=tmp_path) as (call, engine):
+        kept = call("POST", "/v1/contexts", {"text": text}).json()["id"]
+        longer = call("POST", "/v1/contexts", {"text": "abc", "context": kept}).json()["id"]
+        for name, context in (("short", kept), ("long.1", longer)):
+            saved = call("PUT", f"/v1/states/{name}", {"context": context})
+            assert saved.status_code == 200 and saved.json()["name"] == name
+        for name in ("..", ".hidden", "a b", "x" * 65, "a%2Fb"):
+            assert call("PUT", f"/v1/states/{name}", {"context": kept}).status_code in (404, 405, 422), name
+        assert call("PUT", "/v1/states/new", {"context": "nosuch"}).status_code == 404
+    (tmp_path / "notes.txt").write_text("not a state")
+    save_state(load_state(tmp_path / "short", model), tmp_path / "broken", model=model)
+    shard = next((tmp_path / "broken").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    with served(model, states=tmp_path, contexts=2) as (call, engine):
+        listed = call("GET", "/v1/states").json()["data"]
+        assert [(each["name"], each["characters"]) for each in listed] == [
+            ("broken", len(text)), ("long.1", len(text) + 3), ("short", len(text))
+        ]  # fmt: skip
+        for name, before in (("short", text), ("long.1", text + "abc")):
+            loaded = call("POST", "/v1/contexts", {"state": name})
+            assert loaded.status_code == 200 and loaded.json()["characters"] == len(before)
+            assert loaded.json()["id"] == name
+            asked = {"prompt": "", "context": name, "max_tokens": 30, "temperature": 0}
+            assert call("POST", "/v1/completions", asked).json()["choices"][0]["text"] == solo(
+                model, before, 30
+            )
+        assert call("POST", "/v1/contexts", {"state": "short"}).status_code == 200  # it is here already
+        assert call("POST", "/v1/contexts", {"state": "broken"}).status_code == 429
+        call("DELETE", "/v1/contexts/short")
+        for body, status, said in (
+            ({"state": "broken"}, 422, "broken"),
+            ({"state": "nosuch"}, 404, "GET /v1/states"),
+            ({"state": "../short"}, 422, "a name is"),
+            ({"state": "short", "text": "a"}, 422, "or the name"),
+            ({"state": "short", "stream": True}, 422, "at once"),
+        ):
+            answer = call("POST", "/v1/contexts", body)
+            assert answer.status_code == status and said in answer.json()["error"]["message"], body
+        assert list(engine.contexts) == ["long.1"]
+    with served(model) as (call, _):
+        assert call("GET", "/v1/states").json()["data"] == []
+        assert call("POST", "/v1/contexts", {"state": "short"}).status_code == 404
 
 
 def test_the_page_comes_from_here_alone(model):

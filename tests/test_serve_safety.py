@@ -234,7 +234,8 @@ def fuzzed(model):
 ROUTES = [
     ("GET", "/"), ("GET", "/metrics"), ("GET", "/v1/models"), ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/contexts"), ("GET", "/v1/contexts"),
-    ("DELETE", "/v1/contexts/x"), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/none"),
+    ("DELETE", "/v1/contexts/x"), ("GET", "/v1/states"), ("PUT", "/v1/states/x"),
+    ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/none"),
 ]  # fmt: skip
 
 WRONG = [
@@ -248,7 +249,8 @@ def test_every_route_but_health_wants_the_token(model):
         known = {(m, r.path) for r in call.app.routes for m in r.methods if m != "HEAD"} - {
             ("GET", "/health")
         }
-        listed = {(m, p.replace("/x", "/{context}")) for m, p in ROUTES}
+        last = {"/v1/contexts/x": "/v1/contexts/{context}", "/v1/states/x": "/v1/states/{name}"}
+        listed = {(m, last.get(p, p)) for m, p in ROUTES}
         assert known <= listed, "a route is missing from this test"
         basic = base64.b64encode(f"me:{TOKEN}".encode()).decode()
         for method, path in ROUTES:
@@ -367,10 +369,10 @@ def test_memory_that_running_streams_will_still_need_is_counted(model, monkeypat
 )
 def test_a_failure_on_the_way_ends_its_stream_only(model, error, status):
     class Failing(Slow):
-        def step(self, characters, caches):
+        def step(self, characters, caches, shares=None):
             if caches[0].position == 20:
                 raise type(error)(*error.args)  # a new one: a traceback keeps its frames
-            return super().step(characters, caches)
+            return super().step(characters, caches, shares)
 
     with Engine(Failing(model), slots=2) as engine:
         app = create_app(engine)

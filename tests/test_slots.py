@@ -9,6 +9,8 @@ import torch
 from butterfly_llm.config import ButterflyConfig, SamplingConfig
 from butterfly_llm.engine import Engine, Finished, Job, Written
 from butterfly_llm.generate import generate
+from butterfly_llm.plot.attention import attention_map
+from butterfly_llm.routing import partner_of
 from butterfly_llm.slots import Separate, Slots, stepper_for
 from conftest import random_model
 from serving import until
@@ -36,6 +38,12 @@ def model():
     return model_of()
 
 
+def partners(model, cache):
+    """For each layer the partner of the chunk of the last character, below 0 where there is none."""
+    chunk = (cache.position - 1) // model.config.chunk_size
+    return [partner_of(chunk, route.stride, model.config.routing) for route in model.routes]
+
+
 @pytest.mark.parametrize("stepper", STEPPERS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_streams_at_any_positions_step_as_each_does_alone(stepper, config):
@@ -53,18 +61,36 @@ def test_streams_at_any_positions_step_as_each_does_alone(stepper, config):
         now = [each for each in running if chance.random() < 0.8]  # the others pause
         if now:
             characters = [chance.randrange(256) for _ in now]
-            logits = stepper.step(characters, [cache for cache, _ in now])
+            shares = [[] for _ in now]
+            logits = stepper.step(characters, [cache for cache, _ in now], shares)
             expected = [
                 model.step(torch.tensor([c]), own) for c, (_, own) in zip(characters, now, strict=True)
             ]
             torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
-            for cache, alone in now:
+            for (cache, alone), share in zip(now, shares, strict=True):
+                assert [one > 1 - 1e-5 for one in share] == [n < 0 for n in partners(model, cache)]
                 assert cache.position == alone.position
                 furthest = max(furthest, cache.position)
                 torch.testing.assert_close(cache.logits, alone.logits, rtol=1e-4, atol=1e-4)
         if running and chance.random() < 0.05:
             stepper.release(running.pop(chance.randrange(len(running)))[0])
     assert furthest > 80 + 16  # the longest ring went round
+
+
+@pytest.mark.parametrize("stepper", STEPPERS)
+def test_shares_of_attention_are_those_of_the_map(model, stepper):
+    stepper = STEPPERS[stepper](model)
+    text = bytes(range(32, 102))
+    other, cache = (stepper.fresh(None, keep=False, reserved=0) for _ in "ab")
+    stepper.read(text[:9], other)
+    stepper.read(text[:-1], cache)
+    shares = [[], []]
+    stepper.step([65, text[-1]], [other, cache], shares)
+    ids = torch.tensor(list(text))
+    size = model.config.chunk_size
+    maps = [attention_map(model, ids, layer)[:, -1] for layer in range(model.config.num_layers)]  # (H, 2C)
+    assert shares[1] == pytest.approx([rows[:, size:].sum(1).mean().item() for rows in maps], abs=1e-4)
+    assert any(share < 1 for share in shares[1]) and shares[0] == pytest.approx([1] * len(maps))
 
 
 @pytest.mark.parametrize("stepper", STEPPERS)
@@ -117,10 +143,10 @@ def test_joining_and_leaving_at_random_disturbs_nobody(model, stepper):
 
 def test_a_step_that_fails_for_one_fails_for_no_other(model):
     class Failing(Separate):
-        def step(self, characters, caches):
+        def step(self, characters, caches, shares=None):
             if any(cache.position == 55 for cache in caches):
                 raise RuntimeError("a broken row")
-            return super().step(characters, caches)
+            return super().step(characters, caches, shares)
 
     greedy = SamplingConfig(temperature=0)
     events = {b"a": [], b"b" * 60: [], b"c" * 70: []}

@@ -21,9 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from butterfly_llm import memory
 from butterfly_llm.cache import Cache
 from butterfly_llm.config import SamplingConfig
 from butterfly_llm.generate import mix_seed, overlap, pick, probabilities
+from butterfly_llm.metrics import Counters
 from butterfly_llm.slots import MEMORY_ADVICE, Stepper
 
 Reason = Literal["stop", "length", "context", "cancelled"]
@@ -65,6 +67,14 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """Where the character at `position` listened, if the job asks: per layer the share of its own chunk."""
+
+    position: int
+    own: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The last event of a stream that did not fail; `drawn` characters, a stop string included."""
 
@@ -81,7 +91,7 @@ class Failed:
     message: str
 
 
-Event = Read | Written | Finished | Failed
+Event = Read | Written | Heard | Finished | Failed
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,7 @@ class Job:
     top_logprobs: int | None = None
     base: Context | None = None
     keep: bool = False
+    attention: bool = False  # a Heard after each character
 
     def __post_init__(self) -> None:
         if not self.prompt and self.base is None:
@@ -141,19 +152,6 @@ class Stream:
         self.cancelled = True
 
 
-@dataclass
-class Counters:
-    """Sums since the start; only the engine's thread writes them."""
-
-    read: int = 0
-    written: int = 0
-    reading_seconds: float = 0.0
-    writing_seconds: float = 0.0
-    finished: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("stop", "length", "context", "cancelled", "failed"), 0)
-    )
-
-
 class Engine:
     """Steps up to `slots` streams together and keeps up to `contexts` states.
 
@@ -185,6 +183,7 @@ class Engine:
         self._streams: list[Stream] = []
         self._wake = threading.Condition()
         self._closing = False
+        self._loading = 0  # contexts on their way from disk
         self._next_slice = 0.0
         self._turns = 0
         self._generator = torch.Generator(device="cpu")
@@ -213,6 +212,11 @@ class Engine:
         """Slots in use."""
         return len(self._streams)
 
+    @property
+    def waiting(self) -> int:
+        """Streams whose prompt is not read yet."""
+        return sum(stream.logits is None for stream in list(self._streams))
+
     def state_bytes(self) -> int:
         """Bytes that streams and contexts have written to so far."""
         return sum(self.used_bytes(cache) for cache in self._caches())
@@ -234,12 +238,36 @@ class Engine:
         with self._wake:
             if self._closing or len(self._streams) >= self.slots:
                 raise Busy
-            kept = len(self.contexts) + sum(other.job.keep for other in self._streams)
-            if job.keep and kept >= self.max_contexts:
-                raise Full
+            if job.keep:
+                self._require_room()
             self._streams.append(stream)
             self._wake.notify()
         return stream
+
+    def adopt(self, name: str, load: Callable[[], Cache]) -> Context:
+        """Keep the state that `load` gives as a context; one of that name already here is it.
+
+        Runs on the caller's thread. Full as for `submit`; MemoryError when it does not fit.
+        """
+        with self._wake:
+            if name in self.contexts:
+                return self.contexts[name]
+            self._require_room()
+            self._loading += 1
+        try:
+            self._require_memory()
+            context = Context(name, load(), int(time.time()))
+            with self._wake:
+                return self.contexts.setdefault(name, context)
+        finally:
+            with self._wake:
+                self._loading -= 1
+
+    def _require_room(self) -> None:
+        """Full unless one more context may be kept; called under the lock."""
+        reading = sum(stream.job.keep for stream in self._streams)
+        if len(self.contexts) + self._loading + reading >= self.max_contexts:
+            raise Full
 
     def forget(self, name: str) -> bool:
         """Drop a context; streams that began from it go on."""
@@ -322,6 +350,8 @@ class Engine:
         assert logits is not None
         cache.logits = stream.logits = logits
         if job.keep:
+            before = b"" if job.base is None else job.base.cache.recent
+            cache.recent = (before + job.prompt)[-job.sampling.repetition_window :]
             context = Context(f"ctx-{secrets.token_hex(8)}", cache, int(time.time()))
             with self._wake:
                 if not stream.cancelled:
@@ -330,12 +360,22 @@ class Engine:
         elif job.max_chars == 0:
             self._end(stream, Finished("length", 0))
 
+    def _growth(self) -> int:
+        """Bytes that the states here will still claim."""
+        return sum(cache.nbytes - self.used_bytes(cache) for cache in self._caches())
+
+    def _require_memory(self) -> None:
+        nbytes, device = self.stepper.nbytes + self._growth(), str(self.stepper.device)
+        try:
+            memory.require(nbytes, device, "one more context", MEMORY_ADVICE)
+        except ValueError as error:
+            raise MemoryError(str(error)) from None
+
     def _state(self, job: Job) -> Cache:
         """A state to begin with; MemoryError unless it and all others can grow to full size."""
-        growth = sum(cache.nbytes - self.used_bytes(cache) for cache in self._caches())
         base = None if job.base is None else job.base.cache
         try:
-            return self.stepper.fresh(base, keep=job.keep, reserved=growth)
+            return self.stepper.fresh(base, keep=job.keep, reserved=self._growth())
         except ValueError as error:
             raise MemoryError(str(error)) from None
 
@@ -357,8 +397,12 @@ class Engine:
 
     def _step(self, going: list[tuple[Stream, Cache, int]]) -> None:
         """All at once; where that fails one by one, so that only those fail which cannot go on."""
+        shares: list[list[float]] | None = None
+        if any(stream.job.attention for stream, _, _ in going):
+            shares = [[] for _ in going]
+        started = time.monotonic()
         try:
-            logits = self.stepper.step([each[2] for each in going], [each[1] for each in going])
+            logits = self.stepper.step([each[2] for each in going], [each[1] for each in going], shares)
         except Exception as error:
             if len(going) == 1:
                 self._fail(going[0][0], error)
@@ -366,8 +410,11 @@ class Engine:
             for alone in going:
                 self._step([alone])
             return
-        for i, (stream, _, _) in enumerate(going):
+        self.counters.steps.add(time.monotonic() - started)
+        for i, (stream, cache, _) in enumerate(going):
             stream.logits = logits[i : i + 1]
+            if shares is not None and stream.job.attention:
+                self._emit(stream, Heard(cache.position - 1, tuple(shares[i])))
 
     def _draw(self, stream: Stream) -> int:
         """As `generate` draws: the same seed writes the same text."""

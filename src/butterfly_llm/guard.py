@@ -20,7 +20,7 @@ except ImportError as error:  # pragma: no cover
 _KINDS = {
     401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
     408: "timeout", 413: "body_too_large", 422: "invalid_request", 429: "slots_in_use",
-    503: "unavailable",
+    503: "unavailable", 507: "disk",
 }  # fmt: skip
 
 

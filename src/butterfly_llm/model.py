@@ -460,14 +460,19 @@ class Butterfly(nn.Module):
         return cache.logits
 
     @torch.inference_mode()
-    def step_each(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def step_each(
+        self, ids: Tensor, positions: Tensor, cache: Cache, shares: list[Tensor] | None = None
+    ) -> Tensor:
         """`step` for streams that stand apart: ids and positions (B,) int64 -> logits (B, 256) float32.
 
         The rings are whole, and the caller keeps the positions: `cache.position` is neither read nor changed.
         A stream may be stepped without going on: its next step or prefill overwrites what this one wrote.
+        shares: gets (B,) for each layer, the part of the attention that goes to the own chunk.
         """
-        fused = (self.backend or default_backend(ids.device)) == "triton"
-        attend = step_attention_triton if fused else step_attention_each
+        fused = shares is None and (self.backend or default_backend(ids.device)) == "triton"
+        attend: Callable[..., Tensor] = (
+            step_attention_triton if fused else partial(step_attention_each, shares=shares)
+        )
         x = self._stream(ids, positions, cache.windows(), attend, partner_row_step_each)
         return cast(Tensor, self.head(self.norm(x)).float())
 
@@ -477,15 +482,21 @@ class Butterfly(nn.Module):
         return kinds == {("cpu", torch.float32)} and self.compute_dtype == torch.float32
 
     @torch.inference_mode()
-    def step_streams(self, characters: Sequence[int], caches: Sequence[Cache]) -> Tensor:
+    def step_streams(
+        self,
+        characters: Sequence[int],
+        caches: Sequence[Cache],
+        shares: Sequence[list[float]] | None = None,
+    ) -> Tensor:
         """Append a character to each of B streams on the CPU in float32, caches of one stream each that may
-        stand anywhere -> logits (B, 256). Weights are read once for all.
+        stand anywhere -> logits (B, 256). Weights are read once for all. shares: as in `numpy_step.step`.
         """
         for cache in caches:
             cache.begin()
         positions = [cache.position for cache in caches]
         arrays = [cache.arrays() for cache in caches]
-        logits = torch.from_numpy(numpy_step.step(characters, positions, self._numpy_weights(), arrays))
+        weights = self._numpy_weights()
+        logits = torch.from_numpy(numpy_step.step(characters, positions, weights, arrays, shares))
         for i, cache in enumerate(caches):
             cache.position += 1
             cache.logits = logits[i : i + 1]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 try:
-    from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+    from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 except ImportError as error:  # pragma: no cover
     raise ImportError(f"butterfly serve: no {error.name} here: pip install 'butterfly-llm[serve]'") from None
 
@@ -46,6 +46,7 @@ class CompletionRequest(Sampled):
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    attention: bool | None = None
 
 
 class ChatMessage(Strict):
@@ -61,9 +62,24 @@ class ChatRequest(Sampled):
 
 
 class ContextRequest(Strict):
-    text: Annotated[str, StringConstraints(min_length=1)]
+    """Either a text, after a context or not, or the name of a saved state."""
+
+    text: Annotated[str, StringConstraints(min_length=1)] | None = None
     context: str | None = None
     stream: bool = False
+    state: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ContextRequest:
+        if (self.text is None) == (self.state is None):
+            raise ValueError("give a text or the name of a state")
+        if self.state is not None and (self.stream or self.context is not None):
+            raise ValueError("a state is loaded at once and on its own")
+        return self
+
+
+class SaveRequest(Strict):
+    context: str
 
 
 def chat_text(messages: Sequence[ChatMessage]) -> str:

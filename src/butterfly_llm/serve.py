@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,8 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError(f"butterfly serve: no {error.name} here: pip install 'butterfly-llm[serve]'") from None
 
+from butterfly_llm.answers import Answer, usage_of
+from butterfly_llm.cache import routes_of
 from butterfly_llm.config import SamplingConfig
 from butterfly_llm.engine import (
     Busy,
@@ -39,6 +41,7 @@ from butterfly_llm.engine import (
     Failed,
     Finished,
     Full,
+    Heard,
     Job,
     Logprob,
     Read,
@@ -47,22 +50,26 @@ from butterfly_llm.engine import (
 )
 from butterfly_llm.guard import Guard, Refused, answer_json, error_body, loopback, refusal, token_of
 from butterfly_llm.memory import format_bytes
+from butterfly_llm.metrics import exposition
 from butterfly_llm.model import Butterfly
 from butterfly_llm.protocol import (
     CHAT_STOP,
     ChatRequest,
     CompletionRequest,
     ContextRequest,
+    SaveRequest,
     Strict,
     chat_text,
     request_body,
 )
+from butterfly_llm.shelf import Shelf
 from butterfly_llm.slots import stepper_for
 from butterfly_llm.text import Encoding, StreamDecoder, decode, encode
 
 BODY_SECONDS = 60.0  # a body that takes longer to arrive is given up
 _PAGE = Path(__file__).parent / "static" / "index.html"
 Form = TypeVar("Form", bound=Strict)
+Result = TypeVar("Result")
 
 
 class _Events(Response):
@@ -88,6 +95,11 @@ class _Events(Response):
             self.closing()
 
 
+def no_room(engine: Engine) -> Refused:
+    message = f"{engine.max_contexts} contexts are kept, which is all; delete one first"
+    return Refused(429, message, Retry_After="60")
+
+
 class _Run:
     """A stream seen from its request: events in order, cancelled when the client leaves."""
 
@@ -104,8 +116,7 @@ class _Run:
             message = f"all {engine.slots} slots are in use; try again soon"
             raise Refused(429, message, Retry_After="1") from None
         except Full:
-            message = f"{engine.max_contexts} contexts are kept, which is all; delete one first"
-            raise Refused(429, message, Retry_After="60") from None
+            raise no_room(engine) from None
         self._queue = queue
         self._watch = loop.create_task(self._leave(receive))
 
@@ -144,75 +155,16 @@ class _Run:
         self._watch.cancel()
 
 
-class _Answer:
-    """The words of one answer in the form of the protocol: completion or chat."""
-
-    def __init__(self, model: str, encoding: Encoding, chat: bool) -> None:
-        self.model, self.encoding, self.chat = model, encoding, chat
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self.created = int(time.time())
-        self.offset = 0  # characters before, for logprobs
-
-    def envelope(self, choices: list[dict[str, Any]], *, part: bool, **more: Any) -> dict[str, Any]:
-        kind = ("chat.completion.chunk" if part else "chat.completion") if self.chat else "text_completion"
-        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**head, "choices": choices, **more}
-
-    def choice(
-        self,
-        text: str,
-        logprobs: Sequence[Logprob] | None,
-        reason: str | None,
-        *,
-        part: bool,
-        first: bool = True,
-    ) -> dict[str, Any]:
-        words: dict[str, Any] = {"text": text}
-        if self.chat:
-            message: dict[str, Any] = {"role": "assistant"} if first else {}
-            if text or first or not part:
-                message["content"] = text
-            words = {"delta" if part else "message": message}
-        spelled = None if logprobs is None else self._logprobs(logprobs)
-        return {"index": 0, **words, "logprobs": spelled, "finish_reason": reason}
-
-    def _logprobs(self, logprobs: Sequence[Logprob]) -> dict[str, Any]:
-        first, self.offset = self.offset, self.offset + len(logprobs)
-        if not self.chat:
-            return {
-                "tokens": [self._token(each.character) for each in logprobs],
-                "token_logprobs": [each.value for each in logprobs],
-                "top_logprobs": [{self._token(i): value for i, value in each.top} for each in logprobs],
-                "text_offset": list(range(first, self.offset)),
-            }
-        return {
-            "content": [
-                {
-                    **self._entry(each.character, each.value),
-                    "top_logprobs": [self._entry(i, value) for i, value in each.top],
-                }
-                for each in logprobs
-            ]
-        }
-
-    def _entry(self, character: int, value: float) -> dict[str, Any]:
-        token = self._token(character)
-        data = [character] if self.encoding == "utf-8" else list(token.encode())
-        return {"token": token, "logprob": value, "bytes": data}
-
-    def _token(self, character: int) -> str:
-        whole = self.encoding == "latin-1" or character < 128
-        return chr(character) if whole else f"bytes:\\x{character:02x}"
-
-
 class _Server:
     """Settings, and the routes as methods."""
 
     def __init__(
-        self, engine: Engine, name: str, encoding: Encoding, max_body: int, max_chars: int, reach: int
+        self, engine: Engine, name: str, encoding: Encoding, max_body: int, max_chars: int, shelf: Shelf
     ) -> None:
         self.engine, self.name, self.encoding = engine, name, encoding
-        self.max_body, self.max_chars, self.reach = max_body, max_chars, reach
+        self.max_body, self.max_chars, self.shelf = max_body, max_chars, shelf
+        config = engine.stepper.model.config
+        self.reach, self.chunk_size, self.routes = config.reach_chars, config.chunk_size, routes_of(config)
         self.started = time.time()
         self.statuses: Counter[int] = Counter()
 
@@ -294,11 +246,14 @@ class _Server:
         if not prompt and base is None:
             raise Refused(422, "prompt: it is empty; give at least one character, or a context")
         stop = (b"\0", *stops)  # NUL ends a document
-        return Job(prompt, sampling, limit, stop, top, base)
+        attention = isinstance(form, CompletionRequest) and bool(form.attention)
+        if attention and not form.stream:
+            raise Refused(422, "attention: only with stream, after each character")
+        return Job(prompt, sampling, limit, stop, top, base, attention=attention)
 
     async def write(self, form: CompletionRequest | ChatRequest, receive: Receive) -> Response:
         job = self.job(form)
-        answer = _Answer(self.name, self.encoding, isinstance(form, ChatRequest))
+        answer = Answer(self.name, self.encoding, isinstance(form, ChatRequest))
         echo = ""
         if isinstance(form, CompletionRequest) and form.echo:
             echo = decode(job.prompt, encoding=self.encoding)
@@ -315,27 +270,29 @@ class _Server:
             async for piece, spelled, finished in self.pieces(run, job):
                 text.append(piece)
                 logprobs += spelled
-                if finished is not None:
+                if isinstance(finished, Finished):
                     reason, drawn = finished.reason, finished.drawn
         finally:
             if not streaming:
                 run.close()
         kept = None if job.top_logprobs is None else logprobs
         choice = answer.choice("".join(text), kept, reason, part=False)
-        return answer_json(200, answer.envelope([choice], part=False, usage=_usage(job, drawn)))
+        return answer_json(200, answer.envelope([choice], part=False, usage=usage_of(job, drawn)))
 
     async def pieces(
         self, run: _Run, job: Job
-    ) -> AsyncIterator[tuple[str, tuple[Logprob, ...], Finished | None]]:
+    ) -> AsyncIterator[tuple[str, tuple[Logprob, ...], Finished | Heard | None]]:
         decoder = StreamDecoder(self.encoding)
         async for event in run.events():
             if isinstance(event, Written):
                 yield "".join(decoder.push(each) for each in event.characters), event.logprobs, None
+            elif isinstance(event, Heard):
+                yield "", (), event
             elif isinstance(event, Finished):
                 yield decoder.finish(), (), event
 
     async def parts(
-        self, run: _Run, answer: _Answer, job: Job, echo: str, usage: bool
+        self, run: _Run, answer: Answer, job: Job, echo: str, usage: bool
     ) -> AsyncIterator[dict[str, Any] | str]:
         more: dict[str, Any] = {"usage": None} if usage else {}
         wants = job.top_logprobs is not None
@@ -343,20 +300,28 @@ class _Server:
             yield answer.envelope([answer.choice(echo, None, None, part=True)], part=True, **more)
         try:
             async for text, logprobs, finished in self.pieces(run, job):
+                if isinstance(finished, Heard):
+                    own = [round(share, 3) for share in finished.own]
+                    heard = {"position": finished.position, "own": own}
+                    yield answer.envelope([], part=True, attention=heard, **more)
+                    continue
                 reason = None if finished is None else finished.reason
                 if text or logprobs or finished is not None:
                     spelled = logprobs if wants and logprobs else None
                     choice = answer.choice(text, spelled, reason, part=True, first=False)
                     yield answer.envelope([choice], part=True, **more)
                 if finished is not None and usage:
-                    yield answer.envelope([], part=True, usage=_usage(job, finished.drawn))
+                    yield answer.envelope([], part=True, usage=usage_of(job, finished.drawn))
         except Refused as refused:
             yield error_body(refused.status, refused.message)
             return
         yield "[DONE]"
 
     async def keep(self, form: ContextRequest, receive: Receive) -> Response:
-        job = Job(self.encoded(form.text, "text"), base=self.base(form.context), keep=True)
+        if form.state is not None:
+            context = await self.on_disk(lambda: self.shelf.load(form.state or ""))
+            return answer_json(200, self.described(context))
+        job = Job(self.encoded(form.text or "", "text"), base=self.base(form.context), keep=True)
         run = _Run(self.engine, job, receive)
         streaming = False
         try:
@@ -371,6 +336,27 @@ class _Server:
             if not streaming:
                 run.close()
         raise AssertionError("a stream ends with Finished")
+
+    async def save(self, name: str, form: SaveRequest) -> Response:
+        context = self.base(form.context)
+        assert context is not None
+        await self.on_disk(lambda: self.shelf.save(name, context))
+        return answer_json(200, {"name": name, "object": "state", "characters": context.characters})
+
+    async def on_disk(self, work: Callable[[], Result]) -> Result:
+        """`work` on a thread of its own; what goes wrong as a status and one sentence."""
+        try:
+            return await asyncio.to_thread(work)
+        except FileNotFoundError as error:
+            raise Refused(404, str(error)) from None
+        except Full:
+            raise no_room(self.engine) from None
+        except MemoryError as error:
+            raise Refused(503, str(error), Retry_After="5") from None
+        except ValueError as error:
+            raise Refused(422, str(error)) from None
+        except OSError as error:
+            raise Refused(507, f"the state cannot be read or written: {error.strerror or error}") from None
 
     async def progress(self, run: _Run) -> AsyncIterator[dict[str, Any] | str]:
         try:
@@ -400,44 +386,39 @@ class _Server:
             "reach_chars": self.reach,
             "state_bytes": self.engine.stepper.nbytes,
             "max_chars": self.max_chars,
+            "chunk_size": self.chunk_size,
+            "layers": [{"stage": route.stage, "stride": route.stride} for route in self.routes],
         }
         head = {"id": self.name, "object": "model", "created": int(self.started), "owned_by": "butterfly-llm"}
         return {"object": "list", "data": [{**head, **facts}]}
 
     def metrics(self) -> str:
         engine, counted = self.engine, self.engine.counters
-        lines: list[str] = []
-
-        def add(name: str, kind: str, text: str, *samples: tuple[str, float]) -> None:
-            lines.extend((f"# HELP butterfly_{name} {text}", f"# TYPE butterfly_{name} {kind}"))
-            lines.extend(f"butterfly_{name}{labels} {value:.10g}" for labels, value in samples)
-
-        add("characters_read_total", "counter", "Characters of prompts read.", ("", counted.read))
-        add("characters_written_total", "counter", "Characters drawn.", ("", counted.written))
-        add("reading_seconds_total", "counter", "Time spent reading.", ("", counted.reading_seconds))
-        add("writing_seconds_total", "counter", "Time spent writing.", ("", counted.writing_seconds))
-        ends = [(f'{{reason="{reason}"}}', count) for reason, count in counted.finished.items()]
-        add("streams_total", "counter", "Streams that ended, by reason.", *ends)
-        codes = [(f'{{code="{code}"}}', count) for code, count in sorted(self.statuses.items())]
-        add("http_responses_total", "counter", "Answers by status code.", *codes)
-        add("slots", "gauge", "Streams that may run at once.", ("", engine.slots))
-        add("slots_used", "gauge", "Streams that run.", ("", engine.active))
-        add("contexts", "gauge", "Contexts kept.", ("", len(engine.contexts)))
-        add(
-            "state_bytes",
-            "gauge",
-            "Bytes written of the states of streams and contexts.",
-            ("", engine.state_bytes()),
+        ends = {f'{{reason="{reason}"}}': count for reason, count in counted.finished.items()}
+        codes = {f'{{code="{code}"}}': count for code, count in sorted(self.statuses.items())}
+        running, waiting = engine.active, engine.waiting
+        return exposition(
+            [
+                ("characters_read_total", "counter", "Characters of prompts read.", counted.read),
+                ("characters_written_total", "counter", "Characters drawn.", counted.written),
+                ("reading_seconds_total", "counter", "Time spent reading.", counted.reading_seconds),
+                ("writing_seconds_total", "counter", "Time spent writing.", counted.writing_seconds),
+                ("step_seconds", "histogram", "Time of one step of all streams.", counted.steps.samples()),
+                ("streams_total", "counter", "Streams that ended, by reason.", ends),
+                ("http_responses_total", "counter", "Answers by status code.", codes),
+                ("slots", "gauge", "Streams that may run at once.", engine.slots),
+                ("slots_used", "gauge", "Streams that run, the waiting ones included.", running),
+                ("streams_waiting", "gauge", "Streams whose prompt is not read yet.", min(waiting, running)),
+                ("contexts", "gauge", "Contexts kept.", len(engine.contexts)),
+                (
+                    "state_bytes",
+                    "gauge",
+                    "Bytes that states of streams and contexts hold.",
+                    engine.state_bytes(),
+                ),
+                ("start_time_seconds", "gauge", "Start of the server, since 1970.", self.started),
+            ]
         )
-        add("start_time_seconds", "gauge", "Start of the server, since 1970.", ("", self.started))
-        return "\n".join(lines) + "\n"
-
-
-def _usage(job: Job, drawn: int) -> dict[str, Any]:
-    cached = 0 if job.base is None else job.base.characters
-    read = cached + len(job.prompt)
-    counts = {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
-    return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def create_app(
@@ -448,10 +429,11 @@ def create_app(
     token: str | None = None,
     max_body: int = 16_000_000,
     max_chars: int = 65_536,
-    reach: int = 0,
+    states: Path | None = None,
 ) -> FastAPI:
-    """The routes over a running engine."""
-    server = _Server(engine, name, encoding, max_body, max_chars, reach)
+    """The routes over a running engine; `states` is the directory of saved contexts."""
+    shelf = Shelf(engine, engine.stepper.model, states)
+    server = _Server(engine, name, encoding, max_body, max_chars, shelf)
     app = FastAPI(title="Butterfly-LLM", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, token=token, statuses=server.statuses)
 
@@ -499,6 +481,14 @@ def create_app(
             raise Refused(404, f"no context {context!a}")
         return answer_json(200, {"id": context, "object": "context", "deleted": True})
 
+    @app.get("/v1/states")
+    async def saved() -> Response:
+        return answer_json(200, {"object": "list", "data": await asyncio.to_thread(server.shelf.list)})
+
+    @app.put("/v1/states/{name}")
+    async def save(name: str, request: Request) -> Response:
+        return await server.save(name, await server.form(request, SaveRequest))
+
     @app.get("/")
     async def page() -> Response:
         policy = (
@@ -521,6 +511,7 @@ def serve(
     encoding: Encoding = "latin-1",
     max_chars: int = 65_536,
     max_body: int = 16_000_000,
+    states: Path | None = None,
 ) -> None:
     """Serve the model that `load` gives, until SIGINT or SIGTERM.
 
@@ -533,6 +524,8 @@ def serve(
         )
     if max_chars < 1 or max_body < 1:
         raise ValueError("serve: --max-chars and --max-body-bytes must be at least 1")
+    if states is not None:
+        states.mkdir(parents=True, exist_ok=True)
     listener = _listen(host, port)
     model = load()
     listener.listen()
@@ -550,7 +543,7 @@ def serve(
     with engine:
         app = create_app(
             engine, name=name, encoding=encoding, token=token, max_body=max_body, max_chars=max_chars,
-            reach=model.config.reach_chars,
+            states=states,
         )  # fmt: skip
         settings = uvicorn.Config(
             app, log_level="warning", limit_concurrency=256, timeout_graceful_shutdown=3, server_header=False

@@ -27,6 +27,8 @@ MEMORY_ADVICE = "wait for other streams to end, delete contexts, or start the se
 class Stepper(Protocol):
     """All that the engine asks of a model."""
 
+    model: Butterfly
+    device: torch.device
     nbytes: int  # bytes of the full state of a stream
 
     def fresh(self, base: Cache | None, *, keep: bool, reserved: int) -> Cache:
@@ -41,8 +43,14 @@ class Stepper(Protocol):
     def read(self, characters: bytes, cache: Cache) -> Tensor:
         """Append characters -> logits (1, V)."""
 
-    def step(self, characters: Sequence[int], caches: Sequence[Cache]) -> Tensor:
-        """Append a character to each of B streams -> logits (B, V). May be repeated when it failed."""
+    def step(
+        self, characters: Sequence[int], caches: Sequence[Cache], shares: Sequence[list[float]] | None = None
+    ) -> Tensor:
+        """Append a character to each of B streams -> logits (B, V). May be repeated when it failed.
+
+        shares: a list for each stream, which gets for each layer the part of the attention that goes to the
+        own chunk; the rest goes to the partner.
+        """
 
 
 class Separate:
@@ -67,8 +75,10 @@ class Separate:
         ids = torch.frombuffer(bytearray(characters), dtype=torch.uint8)[None]
         return self.model.prefill(ids.to(self.device), cache)
 
-    def step(self, characters: Sequence[int], caches: Sequence[Cache]) -> Tensor:
-        return self.model.step_streams(characters, caches)
+    def step(
+        self, characters: Sequence[int], caches: Sequence[Cache], shares: Sequence[list[float]] | None = None
+    ) -> Tensor:
+        return self.model.step_streams(characters, caches, shares)
 
 
 class Slots(Separate):
@@ -101,7 +111,9 @@ class Slots(Separate):
     def release(self, cache: Cache) -> None:
         self._rows = [None if row is cache else row for row in self._rows]
 
-    def step(self, characters: Sequence[int], caches: Sequence[Cache]) -> Tensor:
+    def step(
+        self, characters: Sequence[int], caches: Sequence[Cache], shares: Sequence[list[float]] | None = None
+    ) -> Tensor:
         """All rows take part, so that no shape depends on who writes; only those of `caches` go on."""
         rows = [next(i for i, row in enumerate(self._rows) if row is cache) for cache in caches]
         ids = [0] * len(self._rows)
@@ -109,7 +121,11 @@ class Slots(Separate):
             ids[row] = character
         positions = [0 if cache is None else cache.position for cache in self._rows]
         at = torch.tensor([ids, positions], device=self.device)
-        logits = self.model.step_each(at[0], at[1], self._rings)[rows]
+        seen: list[Tensor] | None = None if shares is None else []
+        logits = self.model.step_each(at[0], at[1], self._rings, seen)[rows]
+        if shares is not None and seen is not None:
+            for share, row in zip(shares, torch.stack(seen, 1)[rows].tolist(), strict=True):
+                share += row
         for i, cache in enumerate(caches):
             cache.position += 1
             cache.logits = logits[i : i + 1]

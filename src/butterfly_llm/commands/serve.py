@@ -23,6 +23,8 @@ class Serve:
     """Streams at once, each with a state of its own; further ones are told to come back."""
     contexts: int = 4
     """Texts whose state is kept for clients to continue."""
+    states: Path | None = None
+    """Directory of saved contexts, each a folder as `butterfly read --save` writes it; made if missing."""
     encoding: Encoding = "latin-1"
     """latin-1: one character, one token. utf-8: one byte, one token."""
     max_chars: int = 65_536
@@ -50,4 +52,5 @@ class Serve:
             encoding=self.encoding,
             max_chars=self.max_chars,
             max_body=self.max_body_bytes,
+            states=self.states,
         )

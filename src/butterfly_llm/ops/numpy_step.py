@@ -77,9 +77,18 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _attend(
-    qkv: Array, layer: LayerWeights, rings: Rings, position: int, weights: Weights, stride: int
+    qkv: Array,
+    layer: LayerWeights,
+    rings: Rings,
+    position: int,
+    shares: list[float] | None,
+    weights: Weights,
+    stride: int,
 ) -> Array:
-    """qkv ((H + 2K) D,) -> (H D,); key and value are put into the rings."""
+    """qkv ((H + 2K) D,) -> (H D,); key and value are put into the rings.
+
+    shares: gets the part of the attention, mean of the heads, that goes to the own chunk.
+    """
     num_heads, num_kv_heads = weights.num_heads, weights.num_kv_heads
     chunk, offset = divmod(position, weights.chunk_size)
     keys, values, _ = rings
@@ -112,6 +121,9 @@ def _attend(
     scores *= np.float32(head_dim**-0.5)
     np.exp(scores, out=scores)
     total = np.add.reduce(scores, 2, keepdims=True)
+    if shares is not None:
+        own = np.add.reduce(scores[:, :, : weights.chunk_size], 2, keepdims=True)
+        shares.append(float((own / total).mean()))
     y = np.matmul(scores, v_pair.reshape(num_kv_heads, -1, head_dim)) / total  # (K, H / K, D)
     return cast(Array, y.reshape(-1))
 
@@ -145,11 +157,20 @@ def _feed_forward(x: Array, layer: LayerWeights, gated: bool) -> Array:
 
 
 def step(
-    characters: Sequence[int], positions: Sequence[int], weights: Weights, rings: Sequence[list[Rings]]
+    characters: Sequence[int],
+    positions: Sequence[int],
+    weights: Weights,
+    rings: Sequence[list[Rings]],
+    shares: Sequence[list[float]] | None = None,
 ) -> Array:
-    """Append a character to each of B streams -> logits (B, 256). The rings are updated in place."""
+    """Append a character to each of B streams -> logits (B, 256). The rings are updated in place.
+
+    shares: a list for each stream, which gets for each layer the part of the attention, mean of the heads,
+    that goes to the own chunk; the rest goes to the partner.
+    """
     eps = weights.eps
     alone = len(characters) == 1
+    heard_by: Sequence[list[float] | None] = [None] * len(characters) if shares is None else shares
 
     def rows(x: Array) -> Array:
         return x[None] if alone else x
@@ -171,7 +192,10 @@ def step(
         if layer.read is not None and layer.read_norm is not None:
             memory = scan if finished is None or route.pass_index == 0 else finished
             qkv[..., -layer.read.shape[1] :] += _norm(memory, layer.read_norm, eps) @ layer.read
-        heard = [_attend(row, layer, *at, weights, stride) for row, at in zip(rows(qkv), places, strict=True)]
+        heard = [
+            _attend(row, layer, *at, share, weights, stride)
+            for row, at, share in zip(rows(qkv), places, heard_by, strict=True)
+        ]
         x = x + joined(heard) @ layer.out
         x = x + _feed_forward(_norm(x, layer.feed_forward_norm, eps), layer, weights.gated)
         if layer.merge is not None:

@@ -259,10 +259,12 @@ def step_attention_each(
     stride: int,
     topology: Topology,
     rope_theta: float | None,
+    shares: list[Tensor] | None = None,
 ) -> Tensor:
     """`step_attention` for streams that stand at positions of their own: position (B,) int64.
 
     No value of `position` reaches the host and no shape depends on it. Pairs are copied out of the rings.
+    shares: gets (B,), the part of the attention, mean of the heads, that goes to the own chunk.
     """
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -284,6 +286,8 @@ def step_attention_each(
     alone = ~_has_partner(chunk, stride, topology)[:, None].expand_as(later)
     hidden = torch.stack([later, alone], 1)[:, None, None]  # (B, 1, 1, 2, L)
     weights = (scores.masked_fill(hidden, float("-inf")).flatten(3) * head_dim**-0.5).softmax(-1)
+    if shares is not None:
+        shares.append(weights[..., :chunk_size].sum(-1).mean((1, 2)))
     return torch.matmul(weights, v_pair.flatten(2, 3)).view(batch, num_heads, head_dim)
 
 
