@@ -44,12 +44,12 @@ def draw(generator: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(windows)).long(), torch.tensor(distances)
 
 
-def ask_more_often(window: Tensor, generator: np.random.Generator) -> Tensor:
-    """Write `#x` at up to eleven more places; weights (LENGTH,) of all answers, not of the first `#x`."""
+def ask_more_often(window: Tensor, generator: np.random.Generator, most: int) -> Tensor:
+    """Write `#x` at up to `most` more places; weights (LENGTH,) of all answers, not of the first `#x`."""
     sign, x = ord("#"), int(window[-1])
     first = int((window == sign).nonzero()[0])
     if first + 4 < LENGTH - 3:
-        for place in generator.integers(first + 2, LENGTH - 3, int(generator.integers(0, 12))).tolist():
+        for place in generator.integers(first + 2, LENGTH - 3, int(generator.integers(0, most + 1))).tolist():
             window[place], window[place + 1] = sign, x
     asked = (window[:-1] == sign).nonzero()[:, 0]
     window[asked + 1] = x
@@ -63,7 +63,8 @@ def trained(net: Butterfly, steps: int) -> Butterfly:
     optimizers = Optimizers(net, TrainConfig(learning_rate=RATE))
     for step in range(steps):
         windows, _ = draw(generator, 32)
-        weights = torch.stack([ask_more_often(window, generator) for window in windows])
+        most = 11 if step < 0.5 * steps else 1  # near questions first, then far ones
+        weights = torch.stack([ask_more_often(window, generator, most) for window in windows])
         net.loss(windows[:, :-1], windows[:, 1:], weights).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         rate = RATE * min(1, (step + 1) / 20) * (1 - 0.9 * step / steps)

@@ -105,7 +105,8 @@ def test_a_setting_may_change_if_it_is_listed_and_is_refused_by_name_otherwise(
 ) -> None:
     old: Any = settings.to_dict()[name]
     others = {
-        "lengths": ((1.0, 64),), "max_seconds": 1e9, "gradient_checkpointing": "nested", "track": "tensorboard",
+        "lengths": ((1.0, 64),), "max_seconds": 1e9, "gradient_checkpointing": "nested",
+        "track": "tensorboard",
     }  # fmt: skip
     new: Any = others.get(name) or other_value(old)
     state = TrainingState(Path("step-9"), NANO, {}, {}, {"train": json.loads(json.dumps(settings.to_dict()))})
