@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,37 +39,27 @@ OPTIONS: dict[str, Any] = {
     "stride": STRIDE, "topology": "shift", "chunk_size": CHUNK, "rope_theta": 10000.0
 }  # fmt: skip
 
-# Names of variants: the arguments of the tiles, or of the tiles of a whole chunk, of one pass.
+# Names of variants: the arguments of Tiles (queries, keys, warps, stages), or of ChunkTiles.
 Variant = dict[str, Any]
 FORWARD: dict[str, Variant] = {
     "tiled 64x64": {"tiles": (64, 64, 4, 1)},
+    "tiled 64x64 stages 2": {"tiles": (64, 64, 4, 2)},
     "tiled 128x64 w8": {"tiles": (128, 64, 8, 1)},
     "chunk 2/2/1 w4": {"split": 2, "own": 2, "far": 1},
     "chunk 2/2/2 w4": {"split": 2, "own": 2, "far": 2},
-    "chunk 2/2/2 w4 r168": {"split": 2, "own": 2, "far": 2, "registers": 168},
-    "chunk 1/1/1 w8": {"split": 1, "own": 1, "far": 1, "num_warps": 8},
     "chunk 1/1/1 w8 r128": {"split": 1, "own": 1, "far": 1, "num_warps": 8, "registers": 128},
-    "chunk 1/2/2 w8": {"split": 1, "own": 2, "far": 2, "num_warps": 8},
 }
+# The tiles of the two kernels of the backward pass: of queries, then of keys.
 BACKWARD: dict[str, Variant] = {
-    "tiled": {"tiles": None},
-    "fused 2 w4 read 64": {"split": 2, "read": 64},
-    "fused 2 w4 read 32": {"split": 2, "read": 32},
-    "fused 2 w4 read 32 once": {"split": 2, "read": 32, "once": True},
-    "fused 1 w8 read 64": {"split": 1, "num_warps": 8, "read": 64},
-    "fused 1 w8 read 32": {"split": 1, "num_warps": 8, "read": 32},
-    "all 2 w4 read 32": {"split": 2, "read": 32, "parts": ("all",)},
-    "all 1 w8 read 32": {"split": 1, "num_warps": 8, "read": 32, "parts": ("all",)},
-    "apart 2 w4 read 64": {"split": 2, "read": 64, "parts": ("keys", "queries")},
-    "apart 2 w4 read 32": {"split": 2, "read": 32, "parts": ("keys", "queries")},
-    "apart 1 w8 read 32": {"split": 1, "num_warps": 8, "read": 32, "parts": ("keys", "queries")},
+    "tiled": {"query_gradient": (64, 64, 4, 1), "key_gradient": (32, 64, 4, 1)},
+    "dq 128x64 w8": {"query_gradient": (128, 64, 8, 1), "key_gradient": (32, 64, 4, 1)},
+    "dq 64x32": {"query_gradient": (64, 32, 4, 1), "key_gradient": (32, 64, 4, 1)},
+    "dkv 64x64": {"query_gradient": (64, 64, 4, 1), "key_gradient": (64, 64, 4, 1)},
+    "dkv 32x128 w8": {"query_gradient": (64, 64, 4, 1), "key_gradient": (32, 128, 8, 1)},
+    "dkv 64x128 w8": {"query_gradient": (64, 64, 4, 1), "key_gradient": (64, 128, 8, 1)},
 }
 # Measured also with queries and keys that come rotated by their offsets in the chunk.
-TURNED = (
-    ("chunk 2/2/1 w4", "fused 2 w4 read 32"),
-    ("chunk 2/2/2 w4", "fused 2 w4 read 32 once"),
-    ("chunk 1/1/1 w8", "fused 1 w8 read 64"),
-)
+TURNED = ("chunk 2/2/1 w4", "chunk 2/2/2 w4", "chunk 1/1/1 w8 r128")
 SHIPPED = ("tiled 64x64", "tiled")
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -80,13 +70,14 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def use(forward: str, backward: str) -> None:
     """Make the kernels of these variants the ones that `butterfly_attention_triton` runs."""
-    chosen, returned = FORWARD[forward], BACKWARD[backward]
-    triton_attention.FORCED_TILES.clear()
+    chosen = FORWARD[forward]
     triton_attention.TURNED = False
+    triton_attention.FORCED_TILES.clear()
     triton_attention.CHUNK_FORWARD = None if "tiles" in chosen else ChunkTiles(**chosen)
-    triton_attention.CHUNK_BACKWARD = None if "tiles" in returned else ChunkTiles(**returned)
     if "tiles" in chosen:
         triton_attention.FORCED_TILES["forward"] = Tiles(*chosen["tiles"])
+    for which, cut in BACKWARD[backward].items():
+        triton_attention.FORCED_TILES[cast(triton_attention.Pass, which)] = Tiles(*cut)
 
 
 def replay_ms(run: Callable[[], object], repeats: int = 7, inside: int = 1) -> float:
@@ -116,15 +107,18 @@ def replay_ms(run: Callable[[], object], repeats: int = 7, inside: int = 1) -> f
 
 
 def ceilings() -> dict[str, Any]:
-    """Copy bandwidth (read and written) and the rate of an 8192 x 8192 x 8192 product."""
-    source = torch.randint(0, 255, (1 << 31,), dtype=torch.uint8, device="cuda")
+    """Copy bandwidth, read and written, by the copy engine or by a kernel; rate of an 8192^3 product."""
+    source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
-    copy = 2 * source.numel() / replay_ms(lambda: target.copy_(source)) * 1e3
+    moved = 2 * source.numel() * source.element_size()
+    engine = moved / replay_ms(lambda: target.copy_(source)) * 1e3
+    kernel = moved / replay_ms(lambda: torch.mul(source, 2, out=target)) * 1e3
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = 2 * 8192**3 / replay_ms(lambda: a @ b) * 1e3
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": _triton_version(),
-        "copy_bytes_per_s": copy, "matmul_flop_per_s": product,
+        "copy_bytes_per_s": max(engine, kernel), "copy_engine": engine, "copy_kernel": kernel,
+        "matmul_flop_per_s": product,
     }  # fmt: skip
 
 
@@ -140,11 +134,10 @@ def views(length: int) -> list[Tensor]:
     return [x.detach().requires_grad_() for x in torch.split(fused, HEADS, 2)]
 
 
-def first_run(forward: str, backward: str, turned: bool) -> float:
+def first_run(forward: str, backward: str) -> float:
     """Seconds of the first forward and backward pass, for whole and ragged lengths: mostly compilation."""
     torch.randn(8, 8, device="cuda").sum().item()
     use(forward, backward)
-    triton_attention.TURNED = turned
     begun = time.perf_counter()
     for length in (4 * CHUNK, 4 * CHUNK - 15):
         q, k, v = views(length)
@@ -190,10 +183,9 @@ def forward_ms(forward: str, length: int, stride: int, turned: bool) -> float:
     )
 
 
-def backward_ms(backward: str, length: int, stride: int, turned: bool) -> float:
+def backward_ms(backward: str, length: int, stride: int) -> float:
     """The backward operator alone."""
-    use("tiled 64x64", backward)
-    triton_attention.TURNED = turned
+    use(SHIPPED[0], backward)
     q, k, v = (x.detach() for x in views(length))
     grad = torch.randn(1, length, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     options = OPTIONS | {"stride": stride}
@@ -307,10 +299,9 @@ def repeats(forward: str, backward: str) -> dict[str, Any]:
     second = once()
     torch.cuda.synchronize()
     kept = sum(x.numel() * x.element_size() for x in second) + 4 * HEADS * SHORT
-    return {
-        "identical": all(torch.equal(a, b) for a, b in zip(first, second, strict=True)),
-        "workspace_bytes": torch.cuda.max_memory_allocated() - before - kept,
-    }
+    workspace = torch.cuda.max_memory_allocated() - before - kept
+    identical = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return {"identical": identical, "workspace_bytes": workspace}
 
 
 def beyond_int32(forward: str, backward: str) -> dict[str, Any]:
@@ -429,11 +420,9 @@ def _measure(report: Report, quick: bool) -> None:
     backwards = [SHIPPED[1]] if quick else list(BACKWARD)
     pairs = [(f, b) for f, b in zip(forwards + [SHIPPED[0]] * 9, backwards, strict=False)]
     pairs += [(f, SHIPPED[1]) for f in forwards[len(backwards) :]]
-    runs = [(*pair, False) for pair in pairs] + ([] if quick else [(*pair, True) for pair in TURNED])
-    for names, seconds in zip(
-        runs, all_at_once(MODULE, [("first_run", *names) for names in runs], 100), strict=True
-    ):
-        report.add("first run, seconds", " + ".join(map(str, names)), seconds)
+    compiled = all_at_once(MODULE, [("first_run", *pair) for pair in pairs], 100)
+    for pair, seconds in zip(pairs, compiled, strict=True):
+        report.add("first run, seconds", " + ".join(pair), seconds)
     ceiling = report.add("ceilings", "measured", report.ask(30, "ceilings"))
     for partner in (False, True):
         name = "own and partner" if partner else "own chunk"
@@ -445,7 +434,7 @@ def _measure(report: Report, quick: bool) -> None:
     for name in forwards:
         report.add("forward 64k, ms", name, report.ask(15, "forward_ms", name, SHORT, STRIDE, False))
     for name in backwards:
-        report.add("backward 64k, ms", name, report.ask(15, "backward_ms", name, SHORT, STRIDE, False))
+        report.add("backward 64k, ms", name, report.ask(15, "backward_ms", name, SHORT, STRIDE))
     forward = report.best("forward 64k, ms", forwards, SHIPPED[0])
     backward = report.best("backward 64k, ms", backwards, SHIPPED[1])
     print(f"best: {forward}, {backward}", flush=True)
@@ -472,16 +461,13 @@ def _measure(report: Report, quick: bool) -> None:
         report.add(
             "stride, forward ms", str(stride), report.ask(15, "forward_ms", forward, SHORT, stride, False)
         )
-        report.add(
-            "stride, backward ms", str(stride), report.ask(15, "backward_ms", backward, SHORT, stride, False)
-        )
-    for ahead, back in TURNED:
-        report.add("turned, forward ms", ahead, report.ask(20, "forward_ms", ahead, SHORT, STRIDE, True))
-        report.add("turned, backward ms", back, report.ask(20, "backward_ms", back, SHORT, STRIDE, True))
+        report.add("stride, backward ms", str(stride), report.ask(15, "backward_ms", backward, SHORT, stride))
+    for name in TURNED:
+        report.add("turned, forward ms", name, report.ask(20, "forward_ms", name, SHORT, STRIDE, True))
     for name in forwards:
         report.add("forward 1M, ms", name, report.ask(15, "forward_ms", name, LONG, STRIDE, False))
     for name in backwards:
-        report.add("backward 1M, ms", name, report.ask(15, "backward_ms", name, LONG, STRIDE, False))
+        report.add("backward 1M, ms", name, report.ask(15, "backward_ms", name, LONG, STRIDE))
     report.add(f"{SHORT} characters", "gather + SDPA", report.ask(60, "portable", SHORT))
     report.add(f"{LONG} characters", "full causal", report.ask(30, "full_causal", LONG))
 

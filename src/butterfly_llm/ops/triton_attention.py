@@ -61,25 +61,19 @@ FORCED_TILES: dict[Pass, Tiles] = {}
 
 @dataclass(frozen=True)
 class ChunkTiles:
-    """How a kernel that takes whole chunks cuts its work."""
+    """How the forward kernel that takes whole chunks cuts its work."""
 
-    split: int = 2  # tiles of queries in a chunk; in the backward pass of keys too
+    split: int = 2  # tiles of queries in a chunk
     num_warps: int = 4
-    own: int = 2  # forward: blocks of keys in the own chunk
-    far: int = 1  # forward: blocks of keys in the partner
-    read: int = 32  # backward: queries of the reader taken at a time
-    once: bool = False  # backward: the reader's queries meet both tiles of keys at once
-    parts: tuple[str, ...] = ("fused",)  # backward: one launch each; or ("all",), or ("keys", "queries")
+    own: int = 2  # blocks of keys in the own chunk
+    far: int = 1  # blocks of keys in the partner
     registers: int | None = None  # the most a thread may use; None: what the compiler finds best
 
 
 CHUNK_FORWARD: ChunkTiles | None = None
-CHUNK_BACKWARD: ChunkTiles | None = None
-"""Run the kernels of `triton_chunk_kernels` where they fit; None, until they are measured, the tiled ones."""
-
-
+"""Run the kernel of `triton_chunk_kernels` where it fits. None: the tiled one, measured to be as fast."""
 TURNED = False
-"""For measurements, whole-chunk kernels only: queries and keys come rotated by their offsets."""
+"""For measurements of that kernel: queries and keys come rotated by their offsets in the chunk."""
 
 
 def tiles(which: Pass, dtype: torch.dtype, chunk_size: int, shared_limit: int) -> Tiles:
@@ -195,19 +189,18 @@ def _launch(
 
 
 def _launch_chunks(
-    kernel: Any,
     cut: ChunkTiles,
     tensors: list[Tensor],
-    strided: list[Tensor],
     shape: tuple[int, int, int, int, int],
     *,
     stride: int,
     topology: str,
     chunk_size: int,
     rope_theta: float | None,
-    **constants: Any,
 ) -> None:
-    """Run one kernel over every (chunk, head, batch)."""
+    """The forward pass, one program for every (chunk, head, batch). tensors: q, k, v, o, lse."""
+    from butterfly_llm.ops.triton_chunk_kernels import chunk_forward_kernel
+
     batch, length, num_heads, num_kv_heads, head_dim = shape
     device = tensors[0].device
     # Half precision of the angles, 2**-12, is below the rounding of 16-bit inputs.
@@ -216,10 +209,10 @@ def _launch_chunks(
     step = stride if stride < num_chunks else 1
     turns = -(-num_chunks // step)
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
-        kernel[(batch * turns * step * num_heads,)](
+        chunk_forward_kernel[(batch * turns * step * num_heads,)](
             *tensors,
             rope_angles(chunk_size, head_dim, rope_theta, angles, device),
-            *_strides(strided),
+            *_strides(tensors[:3]),
             length,
             num_chunks,
             min(stride, _NO_STRIDE),
@@ -230,11 +223,12 @@ def _launch_chunks(
             D=head_dim,
             CHUNK=chunk_size,
             SPLIT=min(cut.split, chunk_size // 16),
+            OWN=min(cut.own, chunk_size // 16),
+            FAR=min(cut.far, chunk_size // 16),
             SCALE=head_dim**-0.5 * math.log2(math.e),
             TOPOLOGY=topology,
             ROTATE=0 if rope_theta is None else 2 if TURNED else 1,
             WHOLE=length % chunk_size == 0,
-            **constants,
             num_warps=cut.num_warps,
             num_stages=1,
             **({"maxnreg": cut.registers} if cut.registers else {}),
@@ -254,16 +248,8 @@ def _forward(
     options: dict[str, Any] = {
         "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
     }  # fmt: skip
-    cut = CHUNK_FORWARD
-    if cut is not None and _takes_chunks(q):
-        from butterfly_llm.ops import triton_chunk_kernels
-
-        kernel = triton_chunk_kernels.chunk_forward_kernel
-        constants: dict[str, Any] = {
-            "OWN": min(cut.own, chunk_size // 16),
-            "FAR": min(cut.far, chunk_size // 16),
-        }
-        _launch_chunks(kernel, cut, [q, k, v, o, lse], [q, k, v], shape, **options, **constants)
+    if CHUNK_FORWARD is not None and _takes_chunks(q):
+        _launch_chunks(CHUNK_FORWARD, [q, k, v, o, lse], shape, **options)
     else:
         _launch("forward", [q, k, v, o, lse], [q, k, v], shape, **options)
     return o, lse
@@ -302,16 +288,6 @@ def _backward(
     options: dict[str, Any] = {
         "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
     }  # fmt: skip
-    cut = CHUNK_BACKWARD
-    if cut is not None and _takes_chunks(q) and num_heads == num_kv_heads:
-        from butterfly_llm.ops import triton_chunk_kernels
-
-        kernel = triton_chunk_kernels.chunk_backward_kernel
-        tensors = [q, k, v, o, grad, lse, dq, dk, dv]
-        for part in cut.parts:
-            constants: dict[str, Any] = {"PART": part, "READ": min(cut.read, chunk_size), "ONCE": cut.once}
-            _launch_chunks(kernel, cut, tensors, [q, k, v, grad], shape, **options, **constants)
-        return dq, dk, dv
     delta = torch.empty_like(lse)
     _launch("query_gradient", [q, k, v, o, grad, lse, delta, dq], [q, k, v, grad], shape, **options)
     _launch("key_gradient", [q, k, v, grad, lse, delta, dk, dv], [q, k, v, grad], shape, **options)
