@@ -20,13 +20,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """In the records, links to docs/ lead there, and those to other files become plain text.
+    """Links between docs/ and records/ lead there, links to other files become plain text.
 
     The word RECORDS on a line of its own becomes the list of records, by their titles.
     """
-    if page.file.src_uri.startswith("records/"):
-        markdown = re.sub(r"\[([^\]]*)\]\(\.\./\.\./(?!docs/)[^)]*\)", r"\1", markdown)
-        return markdown.replace("](../../docs/", "](../../")
+    in_records = page.file.src_uri.startswith("records/")
+    up, other = ("../../", "docs") if in_records else ("../", "records")
+    markdown = re.sub(rf"\[([^\]]*)\]\({re.escape(up)}(?!{other}/)[^)]*\)", r"\1", markdown)
+    markdown = markdown.replace(f"]({up}{other}/", "](../../" if in_records else "](records/")
     pages = sorted(RECORDS.glob("*/README.md"))
     titles = [each.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for each in pages]
     links = [f"- [{t}](records/{p.parent.name}/README.md)" for t, p in zip(titles, pages, strict=True)]

@@ -165,7 +165,7 @@ def _cycle() -> Iterator[str]:
 def _read_evaluations(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(name, evaluation) of each one in a file; ValueError where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        found = _last_object(path)
         results = list(found["bits"].items()) if "bits" in found else [(path.stem, found)]
         for _, result in results:
             numbers = [result["bits_per_char"]]
@@ -178,10 +178,16 @@ def _read_evaluations(path: Path) -> list[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: not the output of butterfly eval --json ({error!r})") from None
 
 
+def _last_object(path: Path) -> Any:
+    """The JSON of a file, or of its last line where a table stands before it."""
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text if text.lstrip().startswith("{") else text.splitlines()[-1])
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a benchmark's object, which is its last line; ValueError for anything else."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["rows"]
+        rows = _last_object(path)["rows"]
         for row in rows:
             if not (isinstance(row["what"], str) and row["length"] > 0):
                 raise ValueError("a row without what or length")
