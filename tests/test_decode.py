@@ -69,13 +69,14 @@ def test_streams_may_stand_apart(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_one_graph_is_replayed_in_bfloat16() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_graph_is_replayed_in_bfloat16(fused: bool) -> None:
     model = random_model(ButterflyConfig.preset("micro")).cuda()
     model.compute_dtype = torch.bfloat16
     eager, cache = model.new_cache(), model.new_cache()
     for each in (eager, cache):
         model.prefill(text(100, 1, "cuda"), each)
-    decoder = Decoder(model, cache)
+    decoder = Decoder(model, cache, fused=fused)
     ids = text(60, 1, "cuda", 1)
     for i in range(60):
         expected = model.step(ids[:, i], eager)

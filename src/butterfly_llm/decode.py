@@ -11,12 +11,13 @@ graph itself counts up. On the CPU the same step runs eagerly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from butterfly_llm.cache import Cache
+from butterfly_llm.fused_step import FusedStep
 from butterfly_llm.model import Butterfly
 
 
@@ -37,8 +38,14 @@ class Decoder:
     The cache may be read on with `model.prefill` in between; parameters that change later are not seen.
     """
 
-    def __init__(self, model: Butterfly, cache: Cache, *, capture: bool | None = None) -> None:
-        """capture: replay a CUDA graph; None where there is a GPU. ValueError for forked and 8-bit rings."""
+    def __init__(
+        self, model: Butterfly, cache: Cache, *, capture: bool | None = None, fused: bool = False
+    ) -> None:
+        """capture: replay a CUDA graph; None where there is a GPU.
+        fused:   capture the step in six launches a layer, `fused_step`, instead of the modules'.
+
+        ValueError for forked and 8-bit rings, and for a model that has no fused step.
+        """
         if cache.paged is not None:
             raise ValueError("a decoder steps whole rings: use cache.gathered() of a fork or of 8-bit rings")
         device = cache.keys[0].device
@@ -49,7 +56,7 @@ class Decoder:
         self._expected = cache.position
         self._replay: Callable[[], Tensor] | None = None
         if device.type == "cuda" if capture is None else capture:
-            self._replay = self._capture()
+            self._replay = self._capture(fused)
 
     def step(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Append a character to each stream: ids (B,) -> logits (B, 256) float32.
@@ -75,21 +82,21 @@ class Decoder:
         self.positions += 1
         return logits
 
-    def _capture(self) -> Callable[[], Tensor]:
-        step = _Step(self.model)
-        dtype = self.model.compute_dtype
-        weights = {name: p.detach().to(dtype) for name, p in step.named_parameters()}
-
-        def run() -> Tensor:
-            arguments = (self._ids, self.positions, self.cache)
-            return cast(Tensor, torch.func.functional_call(step, weights, arguments))
+    def _capture(self, fused: bool) -> Callable[[], Tensor]:
+        arguments = (self._ids, self.positions, self.cache)
+        if fused:
+            run = partial(FusedStep(self.model), *arguments)
+        else:
+            step, dtype = _Step(self.model), self.model.compute_dtype
+            weights = {name: p.detach().to(dtype) for name, p in step.named_parameters()}
+            run = partial(torch.func.functional_call, step, weights, arguments)
 
         # Compiles kernels, makes workspaces; what these steps write, the first real one overwrites.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                run()
+                logits = run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -97,9 +104,8 @@ class Decoder:
             self.positions += 1
 
         def replay() -> Tensor:
-            # The graph reads the weights where they lie: this closure keeps them.
-            assert weights
             graph.replay()
             return logits
 
+        self._run = run  # holds the weights, which the graph reads where they lie
         return replay

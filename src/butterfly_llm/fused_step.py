@@ -1,0 +1,103 @@
+"""The step of all layers in six launches a layer, for a decoder on a GPU.
+
+The weights are copies in the compute dtype. What it computes is `Butterfly.step_each`, to rounding: norms and
+gates are not rounded in between.
+
+Shapes: B streams, d hidden size, M carry size.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from butterfly_llm.cache import Cache
+from butterfly_llm.model import Butterfly
+from butterfly_llm.ops.triton_rows import merge_step, rows_product
+from butterfly_llm.ops.triton_step import step_attention_triton
+
+
+class FusedStep:
+    """`step_each` of a model, frozen: parameters that change later are not seen."""
+
+    def __init__(self, model: Butterfly) -> None:
+        """ValueError for gated feed-forward layers, which have no kernel."""
+        if model.config.feed_forward != "relu2":
+            raise ValueError(
+                f"fused step: feed_forward {model.config.feed_forward!r} has no kernel, relu2 has"
+            )
+        self.config, self.routes = model.config, model.routes
+        dtype = model.compute_dtype
+        self.weights = {name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()}
+        self.head_gains = [
+            torch.stack([self.weights[f"layers.{i}.attention.{name}_norm.weight"] for name in ("q", "k")])
+            for i in range(len(self.routes))
+        ]
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """ids and positions (B,) int64 -> logits (B, 256) float32; the rings of `cache` are updated."""
+        config, weights = self.config, self.weights
+        eps, topology = config.norm_eps, config.routing
+        heads = (-1, config.head_dim)
+        x = F.rms_norm(
+            F.embedding(ids, weights["embed.weight"]),
+            (config.hidden_size,),
+            weights["embed_norm.weight"],
+            eps,
+        )
+        scan: Tensor | None = None
+        finished: Tensor | None = None
+        for route in self.routes:
+            layer = f"layers.{route.index}."
+            if config.carry_size and route.starts_pass:
+                write = f"writes.{route.pass_index}."
+                both = rows_product(
+                    x, weights[write + "linear.weight"], gain=weights[write + "norm.weight"], eps=eps
+                )
+                gate, value = (both + weights[write + "linear.bias"]).chunk(2, -1)
+                scan = torch.sigmoid(gate) * value
+            read = None
+            if layer + "attention.read.weight" in weights:
+                lanes = scan if finished is None or route.pass_index == 0 else finished
+                names = ("attention.read_norm.weight", "attention.read.weight")
+                read = (cast(Tensor, lanes).contiguous(), *(weights[layer + name] for name in names))
+            qkv = rows_product(
+                x,
+                weights[layer + "attention.qkv.weight"],
+                gain=weights[layer + "attention_norm.weight"],
+                eps=eps,
+                kind="heads",
+                read=cast("tuple[Tensor, Tensor, Tensor] | None", read),
+                heads=(config.num_heads, config.num_kv_heads, self.head_gains[route.index]),
+            ).unflatten(-1, heads)  # type: ignore[no-untyped-call]
+            q, k, v = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], 1)
+            ring = cache.keys[route.index], cache.values[route.index]
+            y = step_attention_triton(
+                q, k, v, ring, position=positions, stride=route.stride, topology=topology,
+                rope_theta=config.rope_theta,
+            ).flatten(1)  # fmt: skip
+            x = rows_product(y, weights[layer + "attention.out.weight"], kind="add", residual=x)
+            hidden = rows_product(
+                x,
+                weights[layer + "feed_forward.up.weight"],
+                gain=weights[layer + "feed_forward_norm.weight"],
+                eps=eps,
+                kind="relu2",
+            )
+            x = rows_product(hidden, weights[layer + "feed_forward.down.weight"], kind="add", residual=x)
+            carry = cache.carries[route.index]
+            if scan is not None and carry is not None:
+                merge = f"merges.{route.index - config.num_local_layers}.linear."
+                scan = merge_step(
+                    scan, carry, positions, weights[merge + "weight"], weights[merge + "bias"],
+                    stride=route.stride, topology=topology,
+                )  # fmt: skip
+                if route.ends_pass:
+                    finished = scan
+        return rows_product(
+            x, weights["head.weight"], gain=weights["norm.weight"], eps=eps, dtype=torch.float32
+        )
