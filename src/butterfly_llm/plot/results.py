@@ -113,7 +113,7 @@ def plot_scaling(benchmarks: Sequence[str | Path], path: str | Path) -> None:
         )
         if any(row.get(key) for rows in curves.values() for row in rows)
     ]
-    with new_figure(path, width=3.8 * len(panels) + 0.2, height=3.6) as figure:
+    with new_figure(path, width=6 if len(panels) == 1 else 7.8, height=3.6) as figure:
         figure.set_layout_engine("constrained")
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (key, label, show) in zip(grid, panels, strict=True):
@@ -122,8 +122,8 @@ def plot_scaling(benchmarks: Sequence[str | Path], path: str | Path) -> None:
                 if points:
                     axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4.5)
                     axes.annotate(
-                        f"{name}, {show(float(f'{points[-1][1]:.3g}'))}", points[-1], xytext=(4, 7),
-                        textcoords="offset points", ha="right", color=colour,
+                        f"{name}, {show(float(f'{points[-1][1]:.3g}'))}", points[0], xytext=(-4, 7),
+                        textcoords="offset points", ha="left", color=colour,
                     )  # fmt: skip
             _length_axis(axes, [row["length"] for rows in curves.values() for row in rows])
             axes.set_yscale("log")
