@@ -25,7 +25,7 @@ HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 PATHS = {
     ("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models"), ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"), ("POST", "/v1/contexts"), ("GET", "/v1/contexts"),
-    ("DELETE", "/v1/contexts/{context}"), ("GET", "/"),
+    ("DELETE", "/v1/contexts/{context}"), ("GET", "/v1/states"), ("PUT", "/v1/states/{name}"), ("GET", "/"),
 }  # fmt: skip
 EXAMPLES = 40
 

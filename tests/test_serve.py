@@ -242,6 +242,7 @@ def test_a_stream_tells_where_its_characters_listen(model):
         heard = [part["attention"] for part in parts if "attention" in part]
         assert [each["position"] for each in heard] == list(range(14, 43))
         assert "attention" in parts[1] and parts[-1]["choices"], "one after each character, not at the end"
+        assert 0 < heard[0]["state_bytes"] <= heard[-1]["state_bytes"]
         first, later = heard[0]["own"], heard[-1]["own"]
         assert first == [1.0] * 8  # chunk 0 has no partner
         # chunk 2 hears chunk 1 and 0, but not four back
@@ -305,7 +306,7 @@ def test_the_page_comes_from_here_alone(model):
         assert not re.search(r"//[a-z]|src=|@import|url\(", page.text), "it would ask the network"
         routes = {route.path for route in call.app.routes}
         asked = set(re.findall(r'"(/v1/[^"]*?)/?"', page.text))
-        assert asked == {"/v1/models", "/v1/contexts", "/v1/completions"} and asked <= routes
+        assert asked == {"/v1/models", "/v1/contexts", "/v1/completions", "/v1/states"} and asked <= routes
         ids = set(re.findall(r'id="([^"]+)"', page.text))
         assert set(re.findall(r'\$\("([^"]+)"\)', page.text)) <= ids
 

@@ -72,6 +72,7 @@ class Heard:
 
     position: int
     own: tuple[float, ...]
+    state_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,7 +415,7 @@ class Engine:
         for i, (stream, cache, _) in enumerate(going):
             stream.logits = logits[i : i + 1]
             if shares is not None and stream.job.attention:
-                self._emit(stream, Heard(cache.position - 1, tuple(shares[i])))
+                self._emit(stream, Heard(cache.position - 1, tuple(shares[i]), self.used_bytes(cache)))
 
     def _draw(self, stream: Stream) -> int:
         """As `generate` draws: the same seed writes the same text."""

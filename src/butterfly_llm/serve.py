@@ -302,7 +302,7 @@ class _Server:
             async for text, logprobs, finished in self.pieces(run, job):
                 if isinstance(finished, Heard):
                     own = [round(share, 3) for share in finished.own]
-                    heard = {"position": finished.position, "own": own}
+                    heard = {"position": finished.position, "own": own, "state_bytes": finished.state_bytes}
                     yield answer.envelope([], part=True, attention=heard, **more)
                     continue
                 reason = None if finished is None else finished.reason
@@ -485,14 +485,15 @@ def create_app(
     async def saved() -> Response:
         return answer_json(200, {"object": "list", "data": await asyncio.to_thread(server.shelf.list)})
 
-    @app.put("/v1/states/{name}")
+    @app.put("/v1/states/{name}", openapi_extra=request_body(SaveRequest))
     async def save(name: str, request: Request) -> Response:
         return await server.save(name, await server.form(request, SaveRequest))
 
     @app.get("/")
     async def page() -> Response:
         policy = (
-            "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"
+            "default-src 'none'; connect-src 'self'; img-src data:; "
+            "script-src 'unsafe-inline'; style-src 'unsafe-inline'"
         )
         return Response(_PAGE.read_bytes(), 200, {"Content-Security-Policy": policy}, "text/html")
 
