@@ -40,6 +40,11 @@ def test_the_python_of_the_quickstart_runs(capsys):
     assert tuple(names["logits"].shape) == (1, 16, 256) and capsys.readouterr().out
 
 
+def test_every_page_is_in_the_menu():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    assert {page.name for page in PAGES} == set(re.findall(r": (\w+\.md)$", menu, re.M))
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
