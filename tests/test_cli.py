@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from butterfly_llm import __version__
+from butterfly_llm import __version__, load_state
 from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.cli import COMMANDS, main
 from butterfly_llm.config import PRESETS, ButterflyConfig, SamplingConfig, TrainConfig
@@ -168,6 +168,20 @@ def test_read_once_and_ask_many_times(run, model, checkpoint, source, tmp_path):
         code == 0 and f"read {len(document)} characters at" in err and f"{2 * len(document):,} in all" in err
     )
     assert ask()[1] == "".join(generate_text(model, document + document, max_chars=20))
+
+
+def test_read_and_generate_with_rings_in_8_bits(run, model, checkpoint, source, tmp_path):
+    code, _, _ = run("read", source, "--save", tmp_path / "s", "--rings", "int8", "--model", checkpoint)
+    assert code == 0 and load_state(tmp_path / "s", model).dtype == torch.int8
+    code, out, err = run(
+        "generate", "--state", tmp_path / "s", "--max-chars", 5, "--num-samples", 2, "--model", checkpoint
+    )
+    assert code == 0 and out.count("==> sample") == 2 and "wrote 10 at" in err
+    sizes = []
+    for rings in ("float32", "bfloat16"):
+        run("read", source, "--save", tmp_path / rings, "--rings", rings, "--model", checkpoint)
+        sizes.append(load_state(tmp_path / rings, model).nbytes)
+    assert sizes[0] == 2 * sizes[1]
 
 
 def test_generate_several_samples_of_one_context(run, model, checkpoint):

@@ -324,3 +324,20 @@ def test_the_slice_follows_the_device_and_its_memory(monkeypatch: pytest.MonkeyP
     assert sizes == [2048, 32_768, 131_072, 262_144]
     monkeypatch.setattr(memory, "available_bytes", lambda device: None)
     assert prefill_slice(full, 8, 2, "cuda") == 2048
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_reads_in_slices_what_it_reads_at_once(dtype: torch.dtype) -> None:
+    model = random_model(MICRO).cuda()
+    model.compute_dtype = dtype
+    ids = torch.randint(256, (1, 411), generator=torch.Generator().manual_seed(2)).cuda()
+    with torch.no_grad():
+        expected = model(ids)[:, -1]
+    for slice_chars in (128, 64, 37):
+        model.prefill_slice = slice_chars
+        cache = model.new_cache()
+        for part in ids.split([390, 1, 20], 1):
+            logits = model.prefill(part, cache)
+        error = (logits - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error < (1e-4 if dtype == torch.float32 else 0.05)

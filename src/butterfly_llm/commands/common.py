@@ -12,10 +12,12 @@ from butterfly_llm.memory import pick_device
 from butterfly_llm.text import Encoding, Errors
 
 if TYPE_CHECKING:
+    from butterfly_llm.cache import Cache
     from butterfly_llm.model import Butterfly
 
 Device = Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda|cuda:N")]
 Precision = Literal["auto", "float32", "bfloat16"]
+Rings = Literal["auto", "float32", "bfloat16", "int8"]
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -23,6 +25,13 @@ PACKAGE = Path(__file__).parents[1]
 def own_source() -> list[Path]:
     """The modules of this package: the text that is at hand wherever it is installed."""
     return sorted(PACKAGE.rglob("*.py"))
+
+
+def new_cache(model: Butterfly, rings: Rings) -> Cache:
+    """An empty state for one stream."""
+    import torch
+
+    return model.new_cache(1, dtype=None if rings == "auto" else getattr(torch, rings))
 
 
 def read_paths(

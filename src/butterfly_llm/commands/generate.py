@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from butterfly_llm.commands.common import Device, Precision, load_model, own_source, read_paths
+from butterfly_llm.commands.common import (
+    Device,
+    Precision,
+    Rings,
+    load_model,
+    new_cache,
+    own_source,
+    read_paths,
+)
 from butterfly_llm.config import SamplingConfig
 from butterfly_llm.memory import format_bytes
 from butterfly_llm.terminal import progress_bar, say, write
@@ -52,6 +60,8 @@ class Generate:
     """Where to run; auto takes a GPU where there is one."""
     precision: Precision = "auto"
     """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+    rings: Rings = "auto"
+    """Type of what a stream keeps; auto: that of the activations. A state keeps its own."""
 
     def run(self) -> None:
         if self.max_chars < 0 or self.context_chars < 0:
@@ -66,7 +76,7 @@ class Generate:
         from butterfly_llm.generate import read
 
         if self.state is None:
-            cache = model.new_cache(1)
+            cache = new_cache(model, self.rings)
         else:
             from butterfly_llm.state import load_state
 

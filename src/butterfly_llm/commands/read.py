@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from butterfly_llm.commands.common import Device, Precision, load_model, read_paths
+from butterfly_llm.commands.common import Device, Precision, Rings, load_model, new_cache, read_paths
 from butterfly_llm.memory import format_bytes
 from butterfly_llm.terminal import progress_bar, say
 from butterfly_llm.text import Encoding, Errors
@@ -34,6 +34,8 @@ class Read:
     """Where to run; auto takes a GPU where there is one."""
     precision: Precision = "auto"
     """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+    rings: Rings = "auto"
+    """Type of what a stream keeps; auto: that of the activations. A state keeps its own."""
 
     def run(self) -> None:
         if not self.paths:
@@ -46,7 +48,7 @@ class Read:
         from butterfly_llm.generate import read
         from butterfly_llm.state import load_state, save_state
 
-        cache = model.new_cache(1) if self.state is None else load_state(self.state, model)
+        cache = new_cache(model, self.rings) if self.state is None else load_state(self.state, model)
         say(f"{len(data):,} characters of {note}")
         started = time.perf_counter()
         with progress_bar("reading", len(data)) as update:
