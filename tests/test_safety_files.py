@@ -148,7 +148,7 @@ NAMES = st.sampled_from(["a.txt", "LICENSE", "package.json", "Cargo.toml", "PKG-
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(name=NAMES, content=KINDS)
 def test_any_bytes_are_prepared_or_refused_in_one_line(name: str, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:

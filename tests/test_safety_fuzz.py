@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[1]
 def test_readers_refuse_in_one_line_or_read() -> None:
     """Other inputs each time; the seed is in the output of a failure."""
     seed = int.from_bytes(os.urandom(4))
-    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--inputs", "10000", "--seed", str(seed)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--inputs", "6000", "--seed", str(seed)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["crashes"] == 0 and result["inputs"] >= 9_990
+    assert result["crashes"] == 0 and result["inputs"] >= 5_990
     for name, reader in result["readers"].items():
         if name not in ("request body", "headers"):
             assert 0 < reader["refused"] < reader["inputs"], name  # it sees bad input, and good input too

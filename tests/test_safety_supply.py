@@ -1,4 +1,7 @@
-"""What continuous integration installs is locked: by release and hash, all but torch and its companions."""
+"""What continuous integration installs is locked by release and hash, all but torch and its companions.
+
+And docs/robustness.md names tests that there are.
+"""
 
 import re
 import tomllib
@@ -56,3 +59,15 @@ def test_continuous_integration_installs_what_is_locked():
     assert "-r .ci/requirements.txt" in lines[install]
     assert install < next(i for i, line in enumerate(lines) if line.startswith("command="))
     assert not BY_MACHINE & locked().keys()
+
+
+def test_the_page_of_what_holds_names_tests_that_there_are():
+    page = (ROOT / "docs" / "robustness.md").read_text()
+    rows = [line for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert len(rows) == 16
+    file, named = "", 0
+    for mention in re.findall(r"(test_\w+\.py)?::(test_\w+)", page):
+        file, test = mention[0] or file, mention[1]
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
+        named += 1
+    assert named > 40
