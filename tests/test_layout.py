@@ -41,6 +41,7 @@ OPTIONAL = (
 EXTRAS = (
     "ops/triton_kernels.py",
     "ops/triton_chunk_kernels.py",
+    "ops/triton_turned_kernels.py",
     "ops/triton_step_kernel.py",
     "ops/triton_rows_kernels.py",
     "bench/traffic_kernel.py",

@@ -73,7 +73,7 @@ class ChunkTiles:
 CHUNK_FORWARD: ChunkTiles | None = None
 """Run the kernel of `triton_chunk_kernels` where it fits. None: the tiled one, measured to be as fast."""
 TURNED = False
-"""For measurements of that kernel: queries and keys come rotated by their offsets in the chunk."""
+"""For measurements: queries and keys come rotated by their offsets in the chunk, their gradients leave so."""
 
 
 def tiles(which: Pass, dtype: torch.dtype, chunk_size: int, shared_limit: int) -> Tiles:
@@ -147,7 +147,7 @@ def _launch(
     rope_theta: float | None,
 ) -> None:
     """Run one kernel over every (block, head, batch). `strided` are the tensors whose strides it takes."""
-    from butterfly_llm.ops import triton_kernels
+    from butterfly_llm.ops import triton_kernels, triton_turned_kernels
 
     batch, length, num_heads, num_kv_heads, head_dim = shape
     device, dtype = tensors[0].device, tensors[0].dtype
@@ -159,11 +159,13 @@ def _launch(
     over_keys = which == "key_gradient"
     blocks = chunk_size // (cut.block_n if over_keys else cut.block_m)
     programs = batch * turns * step * blocks * (num_kv_heads if over_keys else num_heads)
-    kernel: Any = {
-        "forward": triton_kernels.forward_kernel,
-        "query_gradient": triton_kernels.query_gradient_kernel,
-        "key_gradient": triton_kernels.key_gradient_kernel,
-    }[which]
+    constants: dict[str, Any]
+    if TURNED and rope_theta is not None:
+        kernel = getattr(triton_turned_kernels, f"turned_{which}_kernel")
+        constants = {"WHOLE": length % chunk_size == 0, "STAGES": cut.num_stages}
+    else:
+        kernel = getattr(triton_kernels, f"{which}_kernel")
+        constants = {"ROTATE": rope_theta is not None}
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             *tensors,
@@ -182,7 +184,7 @@ def _launch(
             BLOCK_N=cut.block_n,
             SCALE=head_dim**-0.5 * math.log2(math.e),
             TOPOLOGY=topology,
-            ROTATE=rope_theta is not None,
+            **constants,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
         )

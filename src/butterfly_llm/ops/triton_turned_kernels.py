@@ -1,0 +1,264 @@
+# mypy: ignore-errors
+"""Triton kernels of butterfly attention for queries and keys that come turned by their offsets in the chunk.
+
+Then keys need nothing: they go from memory to the matrix units by asynchronous copies, several blocks ahead.
+A query needs one further turn, by a whole chunk, against the partner. Names are those of `triton_kernels`.
+"""
+
+import triton
+import triton.language as tl
+
+from butterfly_llm.ops.triton_kernels import _chunk_pointer, _dot, _dot_add, _partner, _place, _reader
+
+
+@triton.jit
+def _read(x_ptr, stride_n, rows, left, D: tl.constexpr, WHOLE: tl.constexpr):
+    """(rows, D) of a chunk; zero past the end of the sequence, unless every chunk is WHOLE."""
+    x_ptrs = x_ptr + rows[:, None] * stride_n + tl.arange(0, D)[None, :]
+    if WHOLE:
+        return tl.load(x_ptrs)
+    return tl.load(x_ptrs, mask=rows[:, None] < left, other=0.0)
+
+
+@triton.jit
+def _further(x1, x2, table_ptr, shift, CHUNK: tl.constexpr, HALF: tl.constexpr):
+    """Both halves turned by shift, -CHUNK or CHUNK, in float32. The table starts at position -CHUNK."""
+    entries = table_ptr + (shift + CHUNK) * HALF + tl.arange(0, HALF)
+    cos = tl.load(entries)[None, :]
+    sin = tl.load(entries + 3 * CHUNK * HALF)[None, :]
+    x1 = x1.to(tl.float32)
+    x2 = x2.to(tl.float32)
+    return x1 * cos - x2 * sin, x2 * cos + x1 * sin
+
+
+@triton.jit
+def _joined(x1, x2, D: tl.constexpr):
+    """Two halves (rows, D / 2) to (rows, D)."""
+    return tl.reshape(tl.permute(tl.join(x1, x2), (0, 2, 1)), (x1.shape[0], D))
+
+
+@triton.jit
+def _visit(q, k, v, seen, acc, top, total, SCALE: tl.constexpr, MASK: tl.constexpr):
+    """One block of keys into the running softmax."""
+    s = _dot(q, tl.trans(k))
+    if MASK:
+        s = tl.where(seen, s, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, 1) * SCALE)
+    shrink = tl.exp2(top - higher)
+    w = tl.exp2(s * SCALE - higher[:, None])
+    total = total * shrink + tl.sum(w, 1)
+    return _dot_add(w.to(v.dtype), v, acc * shrink[:, None]), higher, total
+
+
+@triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
+def turned_forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    length, num_chunks, stride, turns, step,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
+    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """o (B, N, H, D) and lse (B, H, N), in powers of 2: one program per (query block, head, batch).
+
+    SCALE includes log2(e); WHOLE: CHUNK divides N.
+    """
+    HALF: tl.constexpr = D // 2
+    MUTUAL: tl.constexpr = TOPOLOGY == "xor"
+    BOUNDED: tl.constexpr = MUTUAL and not WHOLE
+    c, block, head, batch = _place(turns, step, HEADS, CHUNK // BLOCK_M)
+    left = length - c * CHUNK
+    if (c >= num_chunks) | (block * BLOCK_M >= left):
+        return
+    p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
+    kv_head = head // GROUP
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
+    k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
+    v_c = _chunk_pointer(v_ptr, batch, kv_head, c, stride_vb, stride_vn, stride_vh, CHUNK)
+    k_p = _chunk_pointer(k_ptr, batch, kv_head, p, stride_kb, stride_kn, stride_kh, CHUNK)
+    v_p = _chunk_pointer(v_ptr, batch, kv_head, p, stride_vb, stride_vn, stride_vh, CHUNK)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+
+    q1 = _read(q_c, stride_qn, i, left, HALF, WHOLE)
+    q2 = _read(q_c + HALF, stride_qn, i, left, HALF, WHOLE)
+    y1, y2 = _further(q1, q2, table_ptr, tl.where(p < c, CHUNK, -CHUNK), CHUNK, HALF)
+    turned = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+    p_left = length - p * CHUNK
+    for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_N, num_stages=STAGES):
+        k = _read(k_p, stride_kn, t + j, p_left, D, not BOUNDED)
+        v = _read(v_p, stride_vn, t + j, p_left, D, not BOUNDED)
+        seen = (t + j)[None, :] < p_left
+        acc, top, total = _visit(turned, k, v, seen, acc, top, total, SCALE, BOUNDED)
+
+    q = _read(q_c, stride_qn, i, left, D, WHOLE)
+    own_keys = CHUNK if MUTUAL else tl.cdiv((block + 1) * BLOCK_M, BLOCK_N) * BLOCK_N
+    for t in tl.range(0, own_keys, BLOCK_N, num_stages=STAGES):
+        k = _read(k_c, stride_kn, t + j, left, D, WHOLE)
+        v = _read(v_c, stride_vn, t + j, left, D, WHOLE)
+        seen = (t + j)[None, :] < left if MUTUAL else i[:, None] >= (t + j)[None, :]
+        acc, top, total = _visit(q, k, v, seen, acc, top, total, SCALE, BOUNDED or not MUTUAL)
+
+    row = (batch.to(tl.int64) * length + c * CHUNK) * HEADS + head  # row of (B * N * H, D)
+    o_ptrs = o_ptr + row * D + i[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    tl.store(o_ptrs, (acc * (1.0 / total)[:, None]).to(o_ptr.dtype.element_ty), mask=i[:, None] < left)
+    lse_row = (batch.to(tl.int64) * HEADS + head) * length + c * CHUNK
+    tl.store(lse_ptr + lse_row + i, top + tl.log2(total), mask=i < left)
+
+
+@triton.jit
+def _halves(x, D: tl.constexpr):
+    """(rows, D) to its two halves (rows, D / 2)."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, D // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _score_gradient(q, k, v, do, lse, delta, seen, SCALE: tl.constexpr, MASK: tl.constexpr):
+    """Queries by keys: the gradient of the scores, in the inputs' dtype."""
+    w = tl.exp2(_dot(q, tl.trans(k)) * SCALE - lse[:, None])
+    if MASK:
+        w = tl.where(seen, w, 0.0)
+    return (w * (_dot(do, tl.trans(v)) - delta[:, None])).to(k.dtype)
+
+
+@triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
+def turned_query_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, table_ptr,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_gb, stride_gn, stride_gh,
+    length, num_chunks, stride, turns, step,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
+    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq (B, N, H, D) and delta = rowsum(do * o) (B, H, N): one program per (query block, head, batch)."""
+    HALF: tl.constexpr = D // 2
+    MUTUAL: tl.constexpr = TOPOLOGY == "xor"
+    BOUNDED: tl.constexpr = MUTUAL and not WHOLE
+    c, block, head, batch = _place(turns, step, HEADS, CHUNK // BLOCK_M)
+    left = length - c * CHUNK
+    if (c >= num_chunks) | (block * BLOCK_M >= left):
+        return
+    p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
+    kv_head = head // GROUP
+    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
+    k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
+    v_c = _chunk_pointer(v_ptr, batch, kv_head, c, stride_vb, stride_vn, stride_vh, CHUNK)
+    k_p = _chunk_pointer(k_ptr, batch, kv_head, p, stride_kb, stride_kn, stride_kh, CHUNK)
+    v_p = _chunk_pointer(v_ptr, batch, kv_head, p, stride_vb, stride_vn, stride_vh, CHUNK)
+    do_c = _chunk_pointer(do_ptr, batch, head, c, stride_gb, stride_gn, stride_gh, CHUNK)
+    row = (batch.to(tl.int64) * length + c * CHUNK) * HEADS + head  # row of (B * N * H, D)
+    lse_row = (batch.to(tl.int64) * HEADS + head) * length + c * CHUNK
+    do = _read(do_c, stride_gn, i, left, D, WHOLE)
+    o = _read(o_ptr + row * D, HEADS * D, i, left, D, WHOLE)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    tl.store(delta_ptr + lse_row + i, delta, mask=i < left)
+    lse = tl.load(lse_ptr + lse_row + i, mask=i < left, other=0.0)
+
+    shift = tl.where(p < c, CHUNK, -CHUNK)
+    p_left = length - p * CHUNK
+    q1 = _read(q_c, stride_qn, i, left, HALF, WHOLE)
+    q2 = _read(q_c + HALF, stride_qn, i, left, HALF, WHOLE)
+    y1, y2 = _further(q1, q2, table_ptr, shift, CHUNK, HALF)
+    turned = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+    dq = tl.zeros([BLOCK_M, D], tl.float32)
+    for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_N, num_stages=STAGES):
+        k = _read(k_p, stride_kn, t + j, p_left, D, not BOUNDED)
+        v = _read(v_p, stride_vn, t + j, p_left, D, not BOUNDED)
+        seen = (t + j)[None, :] < p_left
+        ds = _score_gradient(turned, k, v, do, lse, delta, seen, SCALE, BOUNDED)
+        dq = _dot_add(ds, k, dq)
+    y1, y2 = _halves(dq, D)
+    y1, y2 = _further(y1, y2, table_ptr, -shift, CHUNK, HALF)
+    dq = _joined(y1, y2, D)
+
+    q = _read(q_c, stride_qn, i, left, D, WHOLE)
+    own_keys = CHUNK if MUTUAL else tl.cdiv((block + 1) * BLOCK_M, BLOCK_N) * BLOCK_N
+    for t in tl.range(0, own_keys, BLOCK_N, num_stages=STAGES):
+        k = _read(k_c, stride_kn, t + j, left, D, WHOLE)
+        v = _read(v_c, stride_vn, t + j, left, D, WHOLE)
+        seen = (t + j)[None, :] < left if MUTUAL else i[:, None] >= (t + j)[None, :]
+        ds = _score_gradient(q, k, v, do, lse, delta, seen, SCALE, BOUNDED or not MUTUAL)
+        dq = _dot_add(ds, k, dq)
+    x_ptrs = dq_ptr + row * D + i[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    dq = dq * (SCALE * 0.6931471805599453)
+    tl.store(x_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=i[:, None] < left)
+
+
+@triton.jit
+def _key_side(k, v, q, do, lse, delta, seen, dk, dv, SCALE: tl.constexpr, MASK: tl.constexpr):
+    """Keys by queries: what one block adds to dk and dv."""
+    w = tl.exp2(_dot(k, tl.trans(q)) * SCALE - lse[None, :])
+    if MASK:
+        w = tl.where(seen, w, 0.0)
+    dv = _dot_add(w.to(do.dtype), do, dv)
+    ds = (w * (_dot(v, tl.trans(do)) - delta[None, :])).to(q.dtype)
+    return _dot_add(ds, q, dk), dv
+
+
+@triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
+def turned_key_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, table_ptr,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_gb, stride_gn, stride_gh,
+    length, num_chunks, stride, turns, step,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
+    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (B, N, Hkv, D): one program per (key block, head, batch) gathers from its two readers.
+
+    Queries past the end are zeros, with zero do and delta: they add nothing. Keys past it are not stored.
+    """
+    HALF: tl.constexpr = D // 2
+    MUTUAL: tl.constexpr = TOPOLOGY == "xor"
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    c, block, kv_head, batch = _place(turns, step, KV_HEADS, CHUNK // BLOCK_N)
+    left = length - c * CHUNK
+    if (c >= num_chunks) | (block * BLOCK_N >= left):
+        return
+    r, exists = _reader(c, stride, num_chunks, TOPOLOGY)
+    r_left = length - r * CHUNK
+    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
+    v_c = _chunk_pointer(v_ptr, batch, kv_head, c, stride_vb, stride_vn, stride_vh, CHUNK)
+    k = _read(k_c, stride_kn, j, left, D, WHOLE)
+    v = _read(v_c, stride_vn, j, left, D, WHOLE)
+    dk = tl.zeros([BLOCK_N, D], tl.float32)
+    dv = tl.zeros([BLOCK_N, D], tl.float32)
+    begin = 0 if MUTUAL else block * BLOCK_N // BLOCK_M * BLOCK_M  # earlier queries do not see these keys
+    for g in range(GROUP):
+        head = kv_head * GROUP + g
+        q_r = _chunk_pointer(q_ptr, batch, head, r, stride_qb, stride_qn, stride_qh, CHUNK)
+        do_r = _chunk_pointer(do_ptr, batch, head, r, stride_gb, stride_gn, stride_gh, CHUNK)
+        first = (batch.to(tl.int64) * HEADS + head) * length
+        for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_M, num_stages=STAGES):
+            i = t + tl.arange(0, BLOCK_M)
+            q1 = _read(q_r, stride_qn, i, r_left, HALF, WHOLE)
+            q2 = _read(q_r + HALF, stride_qn, i, r_left, HALF, WHOLE)
+            y1, y2 = _further(q1, q2, table_ptr, tl.where(r > c, CHUNK, -CHUNK), CHUNK, HALF)
+            q = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+            do = _read(do_r, stride_gn, i, r_left, D, WHOLE)
+            lse = tl.load(lse_ptr + first + r * CHUNK + i, mask=i < r_left, other=0.0)
+            delta = tl.load(delta_ptr + first + r * CHUNK + i, mask=i < r_left, other=0.0)
+            dk, dv = _key_side(k, v, q, do, lse, delta, True, dk, dv, SCALE, False)
+        q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
+        do_c = _chunk_pointer(do_ptr, batch, head, c, stride_gb, stride_gn, stride_gh, CHUNK)
+        for t in tl.range(begin, CHUNK, BLOCK_M, num_stages=STAGES):
+            i = t + tl.arange(0, BLOCK_M)
+            q = _read(q_c, stride_qn, i, left, D, WHOLE)
+            do = _read(do_c, stride_gn, i, left, D, WHOLE)
+            lse = tl.load(lse_ptr + first + c * CHUNK + i, mask=i < left, other=0.0)
+            delta = tl.load(delta_ptr + first + c * CHUNK + i, mask=i < left, other=0.0)
+            seen = i[None, :] >= j[:, None]
+            dk, dv = _key_side(k, v, q, do, lse, delta, seen, dk, dv, SCALE, not MUTUAL)
+    row = (batch.to(tl.int64) * length + c * CHUNK) * KV_HEADS + kv_head  # row of (B * N * Hkv, D)
+    cells = row * D + j[:, None] * (KV_HEADS * D) + tl.arange(0, D)[None, :]
+    dk = dk * (SCALE * 0.6931471805599453)
+    tl.store(dk_ptr + cells, dk.to(dk_ptr.dtype.element_ty), mask=j[:, None] < left)
+    tl.store(dv_ptr + cells, dv.to(dv_ptr.dtype.element_ty), mask=j[:, None] < left)
