@@ -19,12 +19,13 @@ pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
 from butterfly_llm.checkpoint import save_model
-from butterfly_llm.config import SamplingConfig
+from butterfly_llm.config import ButterflyConfig, SamplingConfig
 from butterfly_llm.engine import Busy, Engine, Finished, Job, Read, Written
 from butterfly_llm.generate import generate
 from butterfly_llm.protocol import ChatMessage, chat_text
 from butterfly_llm.serve import create_app
 from butterfly_llm.state import load_state, save_state
+from conftest import random_model
 from serving import ENVIRONMENT, PROMPTS, TOKEN, Slow, events, model, one, served, solo, until
 
 __all__ = ["model"]  # a fixture
@@ -296,6 +297,26 @@ def test_contexts_are_saved_and_loaded_by_name(model, tmp_path):
     with served(model) as (call, _):
         assert call("GET", "/v1/states").json()["data"] == []
         assert call("POST", "/v1/contexts", {"state": "short"}).status_code == 404
+
+
+def test_a_million_characters_by_upload_and_by_name(tmp_path):
+    light = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 16, "num_passes": 1, "num_local_layers": 0}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_levels": 2, "chunk_size": 128}
+    model = random_model(ButterflyConfig.preset("micro", **light, **sizes)).eval()
+    text = "".join(f"line {i}\n" for i in range(100_000))[:1_000_000]
+    with served(model, states=tmp_path, slice_chars=2048) as (call, _):
+        parts = events(call("POST", "/v1/contexts", {"text": text, "stream": True}))
+        assert len(parts) > 400 and parts[-1]["characters"] == 1_000_000
+        name = parts[-1]["id"]
+        assert parts[-1]["state_bytes"] == parts[10]["state_bytes"], "the state grew with the text"
+        asked = {"prompt": "line ", "max_tokens": 20, "temperature": 0}
+        answer = call("POST", "/v1/completions", {**asked, "context": name}).json()
+        assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 1_000_000}
+        assert call("PUT", "/v1/states/lines", {"context": name}).status_code == 200
+    with served(model, states=tmp_path) as (call, _):
+        assert call("POST", "/v1/contexts", {"state": "lines"}).json()["characters"] == 1_000_000
+        again = call("POST", "/v1/completions", {**asked, "context": "lines"}).json()
+        assert again["choices"] == answer["choices"]
 
 
 def test_the_page_comes_from_here_alone(model):

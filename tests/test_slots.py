@@ -44,11 +44,9 @@ def partners(model, cache):
     return [partner_of(chunk, route.stride, model.config.routing) for route in model.routes]
 
 
-@pytest.mark.parametrize("stepper", STEPPERS)
-@pytest.mark.parametrize("config", CONFIGS)
-def test_streams_at_any_positions_step_as_each_does_alone(stepper, config):
-    model = model_of(config)
-    stepper = STEPPERS[stepper](model)
+def check_that_each_steps_as_alone(model, stepper, tolerance=1e-4):
+    """Streams join, pause and leave at random; what they compute is what a cache of one stream gives."""
+    device, near = model.embed.weight.device, {"rtol": tolerance, "atol": tolerance}
     chance = random.Random(3)
     running, furthest = [], 0  # (cache, a cache of one stream alone)
     for _ in range(90):
@@ -56,25 +54,42 @@ def test_streams_at_any_positions_step_as_each_does_alone(stepper, config):
             text = bytes(chance.randrange(256) for _ in range(chance.randrange(1, 120)))
             cache, alone = stepper.fresh(None, keep=False, reserved=0), model.new_cache()
             first = stepper.read(text, cache)
-            torch.testing.assert_close(first, model.prefill(torch.tensor([list(text)]), alone))
+            torch.testing.assert_close(
+                first, model.prefill(torch.tensor([list(text)], device=device), alone), **near
+            )
             running.append((cache, alone))
         now = [each for each in running if chance.random() < 0.8]  # the others pause
         if now:
             characters = [chance.randrange(256) for _ in now]
-            shares = [[] for _ in now]
+            shares = [[] for _ in now] if chance.random() < 0.5 else None
             logits = stepper.step(characters, [cache for cache, _ in now], shares)
             expected = [
-                model.step(torch.tensor([c]), own) for c, (_, own) in zip(characters, now, strict=True)
+                model.step(torch.tensor([c], device=device), own)
+                for c, (_, own) in zip(characters, now, strict=True)
             ]
-            torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
-            for (cache, alone), share in zip(now, shares, strict=True):
+            torch.testing.assert_close(logits, torch.cat(expected), **near)
+            for (cache, _), share in zip(now, shares or [], strict=shares is not None):
                 assert [one > 1 - 1e-5 for one in share] == [n < 0 for n in partners(model, cache)]
+            for cache, alone in now:
                 assert cache.position == alone.position
                 furthest = max(furthest, cache.position)
-                torch.testing.assert_close(cache.logits, alone.logits, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(cache.logits, alone.logits, **near)
         if running and chance.random() < 0.05:
             stepper.release(running.pop(chance.randrange(len(running)))[0])
     assert furthest > 80 + 16  # the longest ring went round
+
+
+@pytest.mark.parametrize("stepper", STEPPERS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_streams_at_any_positions_step_as_each_does_alone(stepper, config):
+    model = model_of(config)
+    check_that_each_steps_as_alone(model, STEPPERS[stepper](model))
+
+
+@pytest.mark.gpu
+def test_slots_on_a_gpu_step_as_each_does_alone():
+    model = random_model(ButterflyConfig.preset("tiny")).eval().cuda()
+    check_that_each_steps_as_alone(model, Slots(model, COUNT), 2e-3)
 
 
 @pytest.mark.parametrize("stepper", STEPPERS)

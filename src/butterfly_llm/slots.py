@@ -6,7 +6,7 @@
     logits = stepper.step([97], [cache])      # any streams, wherever each of them stands
 
 `Separate` gives each stream a cache of its own and steps them in NumPy: on the CPU in float32. `Slots` keeps
-the rings of all streams in one allocation, a row each, and steps all rows at once with PyTorch.
+the rings of all streams in one allocation, a row each, and steps all rows at once with a `Decoder`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from butterfly_llm import memory
 from butterfly_llm.cache import Cache, cache_nbytes
+from butterfly_llm.decode import Decoder
 from butterfly_llm.model import Butterfly
 
 MEMORY_ADVICE = "wait for other streams to end, delete contexts, or start the server with fewer --slots"
@@ -88,6 +89,7 @@ class Slots(Separate):
         super().__init__(model)
         self._rings = model.new_cache(count)
         self._rows: list[Cache | None] = [None] * count
+        self._decoder = Decoder(model, self._rings)
 
     def fresh(self, base: Cache | None, *, keep: bool, reserved: int) -> Cache:
         if keep:
@@ -121,9 +123,11 @@ class Slots(Separate):
             ids[row] = character
         positions = [0 if cache is None else cache.position for cache in self._rows]
         at = torch.tensor([ids, positions], device=self.device)
-        seen: list[Tensor] | None = None if shares is None else []
-        logits = self.model.step_each(at[0], at[1], self._rings, seen)[rows]
-        if shares is not None and seen is not None:
+        if shares is None:
+            logits = self._decoder.step(at[0], at[1])[rows]
+        else:
+            seen: list[Tensor] = []
+            logits = self.model.step_each(at[0], at[1], self._rings, seen)[rows]
             for share, row in zip(shares, torch.stack(seen, 1)[rows].tolist(), strict=True):
                 share += row
         for i, cache in enumerate(caches):
