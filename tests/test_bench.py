@@ -51,6 +51,16 @@ def test_train_prints_a_table_and_one_object(run):
     assert f"{result['rows'][1]['chars_per_second']:,}" in table[-1]
 
 
+def test_train_says_what_is_recomputed_and_how_much_memory_that_takes(run):
+    code, out, _ = run("train", *MICRO.split(), "--levels", 2, "--recompute", "nested")
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert code == 0 and all("in 2 segments" in row["recompute"] for row in rows)
+    _, out, _ = run("train", *MICRO.split(), "--recompute", "none")
+    kept = json.loads(out.splitlines()[-1])["rows"]
+    assert "every activation is kept" in kept[0]["recompute"]
+    assert kept[0]["estimated_bytes"] > rows[0]["estimated_bytes"]
+
+
 def test_stream_with_json_leaves_stdout_to_the_object(run, checkpoint, monkeypatch):
     monkeypatch.setattr("butterfly_llm.bench.stream.matmul_rate", lambda *_: 1e9)
     monkeypatch.setattr("butterfly_llm.bench.stream.read_bandwidth", lambda *_: 1e9)

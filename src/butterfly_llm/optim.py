@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from butterfly_llm.config import TrainConfig
+from butterfly_llm.model import Butterfly
 
 ADAM_BETAS = (0.9, 0.95)
 
@@ -36,6 +37,13 @@ def learning_rate(step: int, progress: float, config: TrainConfig) -> float:
 def length_at(progress: float, config: TrainConfig) -> int:
     """Window length in characters of the stage that `progress` falls into."""
     return next((length for until, length in config.lengths if progress < until), config.lengths[-1][1])
+
+
+def fixed_bytes(model: Butterfly) -> int:
+    """Bytes of weights, gradients and optimiser state: one momentum for what Muon takes, else two."""
+    inside = (model.layers, model.writes, model.merges)
+    matrices = sum(p.numel() for module in inside for p in module.parameters() if p.ndim == 2)
+    return 4 * (3 * matrices + 4 * (model.num_parameters() - matrices))
 
 
 class Muon(torch.optim.Muon):

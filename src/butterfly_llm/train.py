@@ -41,7 +41,7 @@ from butterfly_llm.data import Corpus, check_length, sample_windows, val_windows
 from butterfly_llm.generate import generate_text
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import default_backend
-from butterfly_llm.optim import Optimizers, learning_rate, length_at, progress_at
+from butterfly_llm.optim import Optimizers, fixed_bytes, learning_rate, length_at, progress_at
 from butterfly_llm.recall import curriculum
 from butterfly_llm.recompute import Load, describe
 from butterfly_llm.reporting import Reporter, plain_warnings
@@ -443,12 +443,11 @@ def training_load(config: TrainConfig, model_config: ButterflyConfig, device: st
     """What a training step has to hold; value_bytes: size of one activation, 2 or 4."""
     with torch.device("meta"):
         model = Butterfly(model_config)
-    matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
     return Load(
         model_config,
         chars=max(config.micro_windows(length) * length for _, length in config.lengths),
         value_bytes=value_bytes,
-        fixed_bytes=4 * (3 * matrices + 4 * (model.num_parameters() - matrices)),
+        fixed_bytes=fixed_bytes(model),
         compiled=config.compile,
         fused=default_backend(device) == "triton",
     )

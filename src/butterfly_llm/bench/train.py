@@ -1,6 +1,7 @@
 """Time and memory of whole training steps on the device at hand, for each attention backend.
 
     butterfly bench train --preset small --chars 131072 --lengths 4096 65536
+    butterfly bench train --preset full --levels 13 --chars 1048576 --lengths 1048576 --steps 2
 
 Random text: only shapes matter here.
 """
@@ -11,25 +12,38 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from butterfly_llm.bench import run
 from butterfly_llm.config import ButterflyConfig, TrainConfig
+from butterfly_llm.memory import available_bytes
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import backends
-from butterfly_llm.optim import Optimizers
+from butterfly_llm.optim import Optimizers, fixed_bytes
+from butterfly_llm.recompute import Load, Mode, describe
 
 
 def time_steps(
-    preset: str, length: int, chars: int, backend: str, steps: int, compiled: bool
+    config: ButterflyConfig, length: int, chars: int, backend: str, steps: int, compiled: bool, mode: Mode
 ) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = Butterfly(ButterflyConfig.preset(preset)).to(device)
+    free = available_bytes(device)
+    model = Butterfly(config).to(device)
     model.compute_dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model.backend = backend  # type: ignore[assignment]
+    load = Load(
+        config,
+        chars=chars,
+        value_bytes=model.compute_dtype.itemsize,
+        fixed_bytes=fixed_bytes(model),
+        compiled=compiled,
+        fused=backend == "triton",
+    )
+    plan = load.plan(mode, free)
+    model.gradient_checkpointing, model.recompute = plan is not None, plan or model.recompute
     if compiled:
         model.compile_layers()
     optimizers = Optimizers(model, TrainConfig())
@@ -62,16 +76,16 @@ def time_steps(
     times = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
     total = sum(times.values())
     # 6 operations a parameter and character; attention: 4 * 256 keys * width, 3/4 of them visible, 3 times
-    config = model.config
     attention = 12 * 2 * config.chunk_size * 0.75 * config.num_heads * config.head_dim * config.num_layers
     rate = chars * (6 * model.num_parameters() + attention) / total
     return {
-        "preset": preset,
         "what": f"training, {backend}",
         "length": length,
         "chars": chars,
         "backend": backend,
         "compiled": compiled,
+        "recompute": describe(plan, config.num_layers),
+        "estimated_bytes": load.nbytes(plan),
         "ms": {key: round(1000 * value, 1) for key, value in times.items()},
         "chars_per_second": round(chars / total),
         "model_tflops": round(rate / 1e12, 1),
@@ -93,6 +107,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=list(backends()),
         help="of the attention",
     )
+    parser.add_argument("--levels", type=int, help="levels in a pass, in as many layers")
+    parser.add_argument(
+        "--recompute",
+        choices=get_args(Mode),
+        default="auto",
+        help="what the backward pass recomputes, as gradient_checkpointing of a run",
+    )
     parser.add_argument("--steps", type=int, default=5, help="steps timed, after two that do not count")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
 
@@ -100,7 +121,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.steps < 1 or not 1 <= min(options.lengths) <= max(options.lengths) <= options.chars:
         raise ValueError("bench train: --steps must be at least 1, --lengths from 1 to --chars")
-    ButterflyConfig.preset(options.preset)  # refuses an unknown name before anything is printed
+    config = ButterflyConfig.preset(options.preset)
+    if options.levels is not None:
+        config = config.with_levels(options.levels)
     rows = []
     for backend in options.backends:
         if backends()[backend] != "available":
@@ -110,8 +133,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             try:
-                row = time_steps(
-                    options.preset, length, options.chars, backend, options.steps, not options.eager
+                row = {"preset": options.preset} | time_steps(
+                    config,
+                    length,
+                    options.chars,
+                    backend,
+                    options.steps,
+                    not options.eager,
+                    options.recompute,
                 )
             except torch.OutOfMemoryError as failure:
                 print(f"{backend} at {length}: {str(failure).splitlines()[0]}")
