@@ -40,8 +40,8 @@ OPTIONS: dict[str, Any] = {
     "stride": STRIDE, "topology": "shift", "chunk_size": CHUNK, "rope_theta": 10000.0
 }  # fmt: skip
 
-# Names of variants: the arguments of Tiles (queries, keys, warps, stages), or of ChunkTiles. "turned" ones
-# take queries and keys that come rotated by their offsets in the chunk.
+# Names of variants: the arguments of Tiles (queries, keys, warps, stages, registers), or of ChunkTiles.
+# "turned" ones take queries and keys that come rotated by their offsets in the chunk.
 Variant = dict[str, Any]
 FORWARD: dict[str, Variant] = {
     "tiled 64x64": {"tiles": (64, 64, 4, 1)},
@@ -49,7 +49,8 @@ FORWARD: dict[str, Variant] = {
     "chunk 2/2/1 w4": {"split": 2, "own": 2, "far": 1},
     "turned 64x64": {"tiles": (64, 64, 4, 1)},
     "turned 64x64 stages 2": {"tiles": (64, 64, 4, 2)},
-    "turned 64x64 stages 3": {"tiles": (64, 64, 4, 3)},
+    "turned 64x64 r128": {"tiles": (64, 64, 4, 1, 128)},
+    "turned 64x64 stages 2 r128": {"tiles": (64, 64, 4, 2, 128)},
     "turned 128x64 w8 stages 2": {"tiles": (128, 64, 8, 2)},
     "turned 128x64 w8 stages 3": {"tiles": (128, 64, 8, 3)},
     "turned chunk 2/2/1 w4": {"split": 2, "own": 2, "far": 1},

@@ -53,6 +53,7 @@ class Tiles:
     block_n: int  # keys
     num_warps: int
     num_stages: int
+    registers: int | None = None  # the most a thread may use; None: what the compiler finds best
 
 
 FORCED_TILES: dict[Pass, Tiles] = {}
@@ -187,6 +188,7 @@ def _launch(
             **constants,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
+            **({"maxnreg": cut.registers} if cut.registers else {}),
         )
 
 
