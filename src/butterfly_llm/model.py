@@ -259,6 +259,10 @@ class Butterfly(nn.Module):
 
         Only `forward` and `loss` use them, with one graph for each number of characters in a batch.
         """
+        from torch._dynamo import config
+
+        # With and without carry, with and without gradients, for each number of rows: more than the usual 8.
+        config.recompile_limit = max(64, config.recompile_limit)
         project = torch.compile(Layer._project, dynamic=False)
         finish = torch.compile(Layer._finish, dynamic=False)
         for layer in cast("list[Layer]", self.layers):
