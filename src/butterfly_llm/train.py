@@ -293,10 +293,11 @@ class _Run:
         self.losses += [row[0] for row in rows]
         if int(self.worst_streak) >= self.config.max_bad_steps:
             kept = checkpoints(self.config.out)
+            start = f", from the last checkpoint (init={kept[0]})" if kept else ""
             raise TrainingDiverged(
-                f"loss or gradient were not finite, or the loss a spike (spike_bits), for "
-                f"{int(self.worst_streak)} steps in a row before step {self.step}; lower learning_rate or "
-                "clip_norm" + (f" (last checkpoint: {kept[0]})" if kept else "")
+                "loss or gradient were not finite, or the loss a spike (spike_bits), for "
+                f"{int(self.worst_streak)} steps in a row before step {self.step}; begin a new run with a "
+                f"lower learning_rate or clip_norm{start}"
             )
 
     def _log(self, length: int, rate: float) -> None:
