@@ -97,7 +97,7 @@ def accuracy(model: Butterfly, windows: int = 600, seed: int = 1) -> list[float]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of: {', '.join(NETWORKS)}")
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of: {'; '.join(NETWORKS)}")
     parser.add_argument("--steps", type=int, default=500, help="training batches of 32 windows")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("bench relay: --steps must be at least 1 and --seed at least 0")
     for name in options.networks:
         if name not in NETWORKS:
-            raise ValueError(f"bench relay: unknown network {name!r}: there are {', '.join(NETWORKS)}")
+            raise ValueError(f"bench relay: unknown network {name!r}: there are {'; '.join(NETWORKS)}")
     print(f"{'right, by distance in chunks':<30}" + "".join(f"{d:>6}" for d in range(CHUNKS)), flush=True)
     rows = []
     for name in options.networks or NETWORKS:
