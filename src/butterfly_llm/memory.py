@@ -41,6 +41,8 @@ def available_bytes(device: str = "cpu") -> int | None:
         import torch
 
         where = torch.device(device)
+        if where.index is None:  # some of these functions take no device without a number
+            where = torch.device("cuda", torch.cuda.current_device())
         free, total = torch.cuda.mem_get_info(where)
         # What this process has reserved but does not use is free to it; it may also have a limit of its own.
         held = torch.cuda.memory_allocated(where)
