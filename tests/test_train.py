@@ -530,3 +530,30 @@ def test_two_minutes_of_training_beat_a_trigram_model(settings: TrainConfig) -> 
     print(f"model {result.val_bits:.3f}, 3-gram {baseline:.3f} bits/char in {seconds:.0f} CPU seconds")
     assert result.val_bits < baseline - 0.05
     assert seconds < 120
+
+
+def test_gradients_can_stay_where_they_are(settings: TrainConfig) -> None:
+    model = Butterfly(NANO)
+    optimizers = Optimizers(model, settings)
+    optimizers.drop_gradients = False
+    ids = torch.randint(0, 256, (1, 33))
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    places = {name: p.grad.data_ptr() for name, p in model.named_parameters() if p.grad is not None}
+    optimizers.step(1e-3, torch.zeros((), dtype=torch.bool))
+    assert len(places) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.data_ptr() == places[name] and not p.grad.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_chars", [0, 128])
+def test_on_a_gpu_a_captured_step_is_the_step_itself(settings: TrainConfig, micro_chars: int) -> None:
+    config = change(settings, device="cuda", micro_chars=micro_chars, recall_share=0.5, deterministic=True)
+    config = change(config, lengths=((0.5, 128), (1.0, 256)), batch_chars=512, val_every=3)
+    try:
+        captured = train(config, NANO)
+        launched = train(change(config, out=config.out + "2", cuda_graph=False), NANO)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert captured.losses == launched.losses
+    assert all(torch.equal(p, parameters(launched)[name]) for name, p in parameters(captured).items())

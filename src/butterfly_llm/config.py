@@ -278,6 +278,8 @@ class TrainConfig:
     fits."""
     deterministic: bool = False
     """Use deterministic kernels only; refuses operations that have none."""
+    cuda_graph: bool = True
+    """On a GPU: replay forward and backward pass as one CUDA graph, captured for each window length."""
 
     log_every: int = 10
     """Steps between lines in metrics.jsonl; each one waits for the device."""

@@ -23,7 +23,7 @@ def pick_device(name: str) -> torch.device:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if count else "cpu")
+        name = "cuda" if count else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -32,6 +32,8 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r}: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"device {name!r}: {count or 'no'} CUDA devices here; use cpu or auto")
+    if device == torch.device("cuda"):  # not all functions of torch.cuda do without a number
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 
@@ -40,9 +42,7 @@ def available_bytes(device: str = "cpu") -> int | None:
     if device.startswith("cuda"):
         import torch
 
-        where = torch.device(device)
-        if where.index is None:  # some of these functions take no device without a number
-            where = torch.device("cuda", torch.cuda.current_device())
+        where = pick_device(device)
         free, total = torch.cuda.mem_get_info(where)
         # What this process has reserved but does not use is free to it; it may also have a limit of its own.
         held = torch.cuda.memory_allocated(where)

@@ -115,6 +115,8 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.names: dict[Tensor, str] = {}
+        self.drop_gradients = True
+        """False: zero them in place after a step, for a captured backward pass that adds to them."""
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
@@ -132,14 +134,14 @@ class Optimizers:
         )
 
     def step(self, learning_rate: float, bad: Tensor) -> None:
-        """Update all parameters and drop the gradients; nothing is updated where the scalar `bad` is true."""
+        """Update all parameters and zero the gradients; nothing is updated where the scalar `bad` is true."""
         found_inf = bad.float()
         for optimizer in (self.muon, self.adamw):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             setattr(optimizer, "found_inf", found_inf)  # noqa: B010  AdamW reads it but does not declare it
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=self.drop_gradients)
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The state of both as (parameter name.entry, tensor)."""

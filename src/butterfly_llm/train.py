@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import sys
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from butterfly_llm import memory
+from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.checkpoint import (
     TrainingState,
     checkpoint_path,
@@ -59,7 +61,7 @@ _CHANGEABLE = frozenset((
     "steps", "max_seconds", "finish_seconds", "corpus", "out", "resume", "device", "log_every", "val_every",
     "val_length", "val_chars", "sample_every", "sample_chars", "sample_prompt", "checkpoint_every",
     "checkpoint_minutes", "keep", "spike_bits", "max_bad_steps", "export", "micro_chars", "compile",
-    "gradient_checkpointing", "deterministic", "track",
+    "gradient_checkpointing", "deterministic", "cuda_graph", "track",
 ))  # fmt: skip
 _LESS_MEMORY = (
     "lower micro_chars or lengths, set gradient_checkpointing to auto or nested, or use a smaller model"
@@ -185,6 +187,11 @@ class _Run:
             self._start_from(config.init)
         if config.compile:
             self.model.compile_layers()
+        self.captured: CapturedLoss | None = None
+        self.accumulate: Accumulate = functools.partial(accumulate, self.model)
+        if config.cuda_graph and self.device.type == "cuda":
+            self.accumulate = self.captured = CapturedLoss(self.model)
+            self.optimizers.drop_gradients = False
         self.begun = self.saved_at = self.logged_at = time.monotonic()
         self.logged_chars = self.chars
         self.saved_step = self.step
@@ -215,9 +222,7 @@ class _Run:
         rate = learning_rate(self.step, progress, config)
         loss = torch.zeros((), device=self.device)
         for ids, targets, weights, share in self._micro_batches(length, progress):
-            part = self.model.loss(ids, targets, weights=weights) * share
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.detach()
+            loss += self.accumulate(ids, targets, weights, share)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm, foreach=True)
         bad = ~(loss.isfinite() & norm.isfinite())
         if config.spike_bits:
@@ -332,6 +337,7 @@ class _Run:
         length = config.val_length or max(length for _, length in config.lengths)
         windows = list(val_windows(self.val_corpus, length=length, max_chars=config.val_chars))
         count = min(config.micro_windows(length), len(windows))
+        self._release_graph()
         nats, chars = torch.zeros((), dtype=torch.float64, device=self.device), 0
         # Compiled layers would be compiled once more for a pass without gradients.
         with torch.set_grad_enabled(config.compile):
@@ -353,7 +359,13 @@ class _Run:
         self.validated = self.step, bits
         return bits
 
+    def _release_graph(self) -> None:
+        """Make room for work between two steps; the next step captures its graph again, in about a second."""
+        if self.captured is not None:
+            self.captured.release()
+
     def _sample(self) -> None:
+        self._release_graph()
         text = "".join(
             generate_text(
                 self.model,

@@ -9,6 +9,7 @@ Random text: only shapes matter here.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any, get_args
 import torch
 
 from butterfly_llm.bench import run
+from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.memory import available_bytes
 from butterfly_llm.model import Butterfly
@@ -26,7 +28,14 @@ from butterfly_llm.recompute import Load, Mode, describe
 
 
 def time_steps(
-    config: ButterflyConfig, length: int, chars: int, backend: str, steps: int, compiled: bool, mode: Mode
+    config: ButterflyConfig,
+    length: int,
+    chars: int,
+    backend: str,
+    steps: int,
+    compiled: bool,
+    graph: bool,
+    mode: Mode,
 ) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -47,6 +56,10 @@ def time_steps(
     if compiled:
         model.compile_layers()
     optimizers = Optimizers(model, TrainConfig())
+    gradients: Accumulate = functools.partial(accumulate, model)
+    graph = graph and device == "cuda"
+    if graph:
+        gradients, optimizers.drop_gradients = CapturedLoss(model), False
     ids = torch.randint(0, 256, (chars // length, length + 1), device=device)
     bad = torch.zeros((), dtype=torch.bool, device=device)
 
@@ -55,24 +68,20 @@ def time_steps(
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    seconds = {"forward": [], "backward": [], "optimiser": []}  # type: dict[str, list[float]]
+    seconds = {"gradients": [], "optimiser": []}  # type: dict[str, list[float]]
     begin = wait()
     first = 0.0
     for step in range(steps + 2):
         start = wait()
-        loss = model.loss(ids[:, :-1], ids[:, 1:])
-        forward = wait()
-        loss.backward()  # type: ignore[no-untyped-call]
+        gradients(ids[:, :-1], ids[:, 1:], None, 1.0)
         backward = wait()
         optimizers.step(1e-4, bad)
         end = wait()
         if step == 0:
             first = end - begin
         elif step >= 2:
-            for key, value in zip(
-                seconds, (forward - start, backward - forward, end - backward), strict=True
-            ):
-                seconds[key].append(value)
+            seconds["gradients"].append(backward - start)
+            seconds["optimiser"].append(end - backward)
     times = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
     total = sum(times.values())
     # 6 operations a parameter and character; attention: 4 * 256 keys * width, 3/4 of them visible, 3 times
@@ -84,6 +93,7 @@ def time_steps(
         "chars": chars,
         "backend": backend,
         "compiled": compiled,
+        "cuda_graph": graph,
         "recompute": describe(plan, config.num_layers),
         "estimated_bytes": load.nbytes(plan),
         "ms": {key: round(1000 * value, 1) for key, value in times.items()},
@@ -116,6 +126,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=5, help="steps timed, after two that do not count")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
+    parser.add_argument("--no-graph", action="store_true", help="launch from the host, no CUDA graph")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -140,6 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     backend,
                     options.steps,
                     not options.eager,
+                    not options.no_graph,
                     options.recompute,
                 )
             except torch.OutOfMemoryError as failure:
