@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from butterfly_llm.cache import Cache
 from butterfly_llm.fused_step import FusedStep
 from butterfly_llm.model import Butterfly
+from butterfly_llm.persistent_step import PersistentStep, unsupported
 
 
 class _Step(nn.Module):
@@ -42,7 +43,9 @@ class Decoder:
         self, model: Butterfly, cache: Cache, *, capture: bool | None = None, fused: bool = False
     ) -> None:
         """capture: replay a CUDA graph; None where there is a GPU.
-        fused:   capture the step in six launches a layer, `fused_step`, instead of the modules'.
+        fused:   capture the fastest fused step there is instead of the modules': one launch for all layers,
+                 `persistent_step`, or where that is not for this model or several streams, six launches a
+                 layer, `fused_step`.
 
         ValueError for forked and 8-bit rings, and for a model that has no fused step.
         """
@@ -55,6 +58,8 @@ class Decoder:
         self._ids = torch.zeros_like(self.positions)
         self._expected = cache.position
         self._replay: Callable[[], Tensor] | None = None
+        self.path = "modules"
+        """What steps: "modules", "six launches a layer" or "one launch"."""
         if device.type == "cuda" if capture is None else capture:
             self._replay = self._capture(fused)
 
@@ -84,8 +89,12 @@ class Decoder:
 
     def _capture(self, fused: bool) -> Callable[[], Tensor]:
         arguments = (self._ids, self.positions, self.cache)
-        if fused:
+        if fused and unsupported(self.model.config, self.cache) is None:
+            run = partial(PersistentStep(self.model, self.cache), self._ids, self.positions)
+            self.path = "one launch"
+        elif fused:
             run = partial(FusedStep(self.model), *arguments)
+            self.path = "six launches a layer"
         else:
             step, dtype = _Step(self.model), self.model.compute_dtype
             weights = {name: p.detach().to(dtype) for name, p in step.named_parameters()}

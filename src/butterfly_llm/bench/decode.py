@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=int, nargs="+", help="numbers of streams")
     parser.add_argument("--steps", type=int, default=256, help="characters that each stream writes")
     parser.add_argument("--eager", action="store_true", help="no captured graph")
-    parser.add_argument("--fused", action="store_true", help="capture six launches a layer (relu2 layers)")
+    parser.add_argument("--fused", action="store_true", help="capture the fastest fused step that there is")
 
 
 def copies(model: Butterfly, cache: Cache, streams: int) -> Cache:
@@ -69,6 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     print(
         f"{'context':>10}{'streams':>9}{'step, ms':>10}{'chars/s':>10}{'of bandwidth':>14}{'state, MB':>12}"
+        "  path"
     )
     for context in contexts:
         alone = model.new_cache()
@@ -87,6 +88,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     "what": "writing",
                     "length": context,
                     "streams": streams,
+                    "path": decoder.path,
                     "step_ms": round(1e3 * took, 4),
                     "chars_per_second": round(streams / took, 1),
                     "share_of_bandwidth": round(share, 3),
@@ -95,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             )
             print(
                 f"{context:>10,}{streams:>9}{1e3 * took:>10.3f}{streams / took:>10,.1f}{share:>14.0%}"
-                f"{cache.nbytes / 1e6:>12,.1f}",
+                f"{cache.nbytes / 1e6:>12,.1f}  {decoder.path}",
                 flush=True,
             )
             del cache, decoder

@@ -1,0 +1,226 @@
+"""The step of one stream, all layers in one launch that stays on the GPU, for a decoder.
+
+The weights are copies in the compute dtype, the gains of the norms multiplied in. What it computes is
+`Butterfly.step_each`, to rounding: the values of the stream stay float32 between the products.
+
+Shapes: d hidden size, H heads, K key-value heads, D head size, F feed-forward size, M carry size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from butterfly_llm.cache import Cache
+from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.model import Butterfly
+from butterfly_llm.ops.rope import rope_table
+
+
+def unsupported(config: ButterflyConfig, cache: Cache) -> str | None:
+    """Why a model has no such step for a cache; None where it has."""
+    if cache.batch_size > 1:
+        return f"it steps one stream, not {cache.batch_size}"
+    for name in ("hidden_size", "head_dim", "intermediate_size"):
+        if getattr(config, name) % 16:
+            return f"{name} {getattr(config, name)} is no multiple of 16"
+    if config.carry_size % 8:
+        return f"carry_size {config.carry_size} is no multiple of 8"
+    for name in ("head_dim", "chunk_size"):
+        size = getattr(config, name)
+        if size & (size - 1):
+            return f"{name} {size} is no power of two"
+    if torch.version.hip is not None:
+        return "its programs wait for each other in instructions that only NVIDIA's cards have"
+    return None
+
+
+def tiling(rows: int, row_bytes: int, programs: int) -> tuple[int, int]:
+    """(R, T): a program takes T tiles of R rows, R a power of two, such that all rows are taken.
+
+    Small matrices take one tile, which is quickest; of large ones no program shall have much more
+    than another.
+    """
+    share = -(-rows // programs)
+    whole = 1 << (share - 1).bit_length()
+    if whole * row_bytes <= 8192 or programs == 1:
+        return whole, 1
+    return min(
+        ((1 << power, -(-share // (1 << power))) for power in range(6) if -(-share // (1 << power)) <= 4),
+        key=lambda tile: (tile[0] * tile[1], tile[1]),
+    )
+
+
+class PersistentStep:
+    """`step_each` of a model for a cache of one stream, frozen: parameters that change later are not seen."""
+
+    def __init__(
+        self,
+        model: Butterfly,
+        cache: Cache,
+        *,
+        programs: int | None = None,
+        num_warps: int | None = None,
+        splits: int = 4,
+        copies: int = 1,
+        fetch: bool | None = None,
+        empty: bool = False,
+    ) -> None:
+        """ValueError for what `unsupported` names."""
+        config = model.config
+        keys = cache.keys[0]
+        reason = unsupported(config, cache)
+        if reason is not None:
+            raise ValueError(f"persistent step: {reason}")
+        self.model, self.cache, self.config = model, cache, config
+        on_gpu = keys.device.type == "cuda"
+        if programs is None:
+            programs = torch.cuda.get_device_properties(keys.device).multi_processor_count if on_gpu else 1
+        self.programs = programs
+        self.num_warps = num_warps or (4 if config.hidden_size <= 512 else 8)
+        if fetch is None:
+            fetch = on_gpu and torch.cuda.get_device_capability(keys.device) >= (9, 0)
+        dtype, width, carry = model.compute_dtype, config.hidden_size, config.carry_size
+        self.embed = model.embed.weight.detach().to(dtype).contiguous()
+        self.weights = self._matrices().to(dtype)
+        self.vectors = self._vectors()
+        table, scans = self._table()
+        self.table = table.to(keys.device)
+        queries = config.num_heads * config.head_dim
+        qkv = queries + 2 * config.num_kv_heads * config.head_dim
+        layer_words = 2 * width + qkv + splits * (queries + config.num_heads) + config.intermediate_size
+        self.copy = (len(model.routes) + 1) * layer_words + scans * carry
+        self.words = torch.zeros(copies, self.copy, dtype=torch.int64, device=keys.device)
+        self.launch = torch.zeros(1, dtype=torch.int32, device=keys.device)
+        self.logits = torch.empty(1, config.vocab_size, dtype=torch.float32, device=keys.device)
+        positions = torch.arange(2 * config.chunk_size)
+        cos, sin = rope_table(positions, config.head_dim, config.rope_theta, torch.float32)
+        half = config.head_dim // 2
+        self.turns = torch.stack([cos[:, 0, half:], sin[:, 0, half:]]).contiguous().to(keys.device)
+        tiles = {}
+        for name, rows, size in (
+            ("QKV", qkv, width),
+            ("OUT", width, queries),
+            ("UP", config.intermediate_size, width),
+            ("DOWN", width, config.intermediate_size),
+        ):
+            tiles[name + "_R"], tiles[name + "_T"] = tiling(rows, size * dtype.itemsize, programs)
+        self.constants = tiles | {
+            "WIDTH": width,
+            "HEADS": config.num_heads,
+            "KV_HEADS": config.num_kv_heads,
+            "D": config.head_dim,
+            "FF": config.intermediate_size,
+            "CARRY": carry,
+            "CHUNK": config.chunk_size,
+            "VOCAB": config.vocab_size,
+            "GATED": config.feed_forward == "swiglu",
+            "SHIFT": config.routing == "shift",
+            "SCALE": config.head_dim**-0.5 * math.log2(math.e),
+            "SPLITS": splits,
+            "COLUMNS": self.table.shape[1],
+            "CARRY_R": 1 << (-(-max(carry, 1) // programs) - 1).bit_length(),
+            "HEAD_R": 1 << (-(-config.vocab_size // programs) - 1).bit_length(),
+            "COPIES": copies,
+            "FETCH": fetch,
+            "WAIT": on_gpu,
+            "THREADS": 32 * self.num_warps,
+            "EMPTY": empty,
+        }
+
+    def _matrices(self) -> Tensor:
+        """The head, then of each layer qkv, read, out, up, down and merge, then the carry's writes; flat."""
+        config, weights = self.config, {name: p.detach().float() for name, p in self.model.named_parameters()}
+        parts = [weights["head.weight"] * weights["norm.weight"]]
+        zeros = parts[0].new_zeros
+        read_rows = 2 * config.num_kv_heads * config.head_dim
+        for route in self.model.routes:
+            layer = f"layers.{route.index}."
+            parts.append(weights[layer + "attention.qkv.weight"] * weights[layer + "attention_norm.weight"])
+            if config.carry_size:
+                read = weights.get(layer + "attention.read.weight")
+                gain = weights.get(layer + "attention.read_norm.weight")
+                parts.append(
+                    zeros(read_rows, config.carry_size) if read is None else read * cast(Tensor, gain)
+                )
+            parts.append(weights[layer + "attention.out.weight"])
+            parts.append(
+                weights[layer + "feed_forward.up.weight"] * weights[layer + "feed_forward_norm.weight"]
+            )
+            parts.append(weights[layer + "feed_forward.down.weight"])
+            if config.carry_size:
+                merge = weights.get(f"merges.{route.index - config.num_local_layers}.linear.weight")
+                parts.append(zeros(config.carry_size, 2 * config.carry_size) if merge is None else merge)
+        for i in range(len(self.model.writes)):
+            parts.append(weights[f"writes.{i}.linear.weight"] * weights[f"writes.{i}.norm.weight"])
+        return torch.cat([part.to(self.model.compute_dtype).flatten() for part in parts])
+
+    def _vectors(self) -> Tensor:
+        """float32: the embedding's gain; of a layer those of q, k and the merge's bias; biases of writes."""
+        config, weights = self.config, {name: p.detach().float() for name, p in self.model.named_parameters()}
+        parts = [weights["embed_norm.weight"]]
+        for route in self.model.routes:
+            attention = f"layers.{route.index}.attention."
+            parts += [weights[attention + "q_norm.weight"], weights[attention + "k_norm.weight"]]
+            bias = weights.get(f"merges.{route.index - config.num_local_layers}.linear.bias")
+            parts.append(parts[0].new_zeros(config.carry_size) if bias is None else bias)
+        parts += [weights[f"writes.{i}.linear.bias"] for i in range(len(self.model.writes))]
+        return torch.cat(parts)
+
+    def _table(self) -> tuple[Tensor, int]:
+        """A row of each layer, and how many scans there are: number 0 is empty, then in their order.
+
+        Elements from the first ring to those of keys, values and carry; slots; stride; the scan that is
+        read; the one that the merge gives, 0 for none; the pass that is written and its scan, 0 for none.
+        """
+        first = self.cache.keys[0]
+
+        def place(ring: Tensor | None) -> int:
+            return 0 if ring is None else (ring.data_ptr() - first.data_ptr()) // first.itemsize
+
+        rows, scans, finished = [], 1, 0
+        has_carry = len(self.model.writes) > 0
+        scan = 0
+        for route in self.model.routes:
+            keys, values, carry = self.cache.windows()[route.index]
+            written = merged = read = 0
+            if has_carry and route.starts_pass:
+                written = scan = scans
+                scans += 1
+            if has_carry and self.model._reads_carry(route.stage):
+                read = scan if finished == 0 or route.pass_index == 0 else finished
+            if has_carry and route.stage == "butterfly":
+                merged = scan = scans
+                scans += 1
+                if route.ends_pass:
+                    finished = scan
+            rows.append(
+                [
+                    *(place(ring) for ring in (keys, values, carry)),
+                    keys.shape[-3],
+                    min(route.stride, 1 << 30),
+                    read,
+                    merged,
+                    max(route.pass_index, 0),
+                    written,
+                ]
+            )
+        return torch.tensor(rows, dtype=torch.int64), scans
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids and positions (1,) int64 -> logits (1, 256) float32; the rings of the cache are updated."""
+        from butterfly_llm.ops.triton_persistent_kernel import persistent_kernel
+
+        self.launch += 1
+        with torch.cuda.device_of(ids):  # type: ignore[no-untyped-call]
+            persistent_kernel[(self.programs,)](
+                ids, positions, self.launch, self.table, self.weights, self.vectors, self.embed, self.turns,
+                self.cache.keys[0], self.words, self.logits, len(self.model.routes), self.copy,
+                self.config.norm_eps, **self.constants, num_warps=self.num_warps,
+                launch_cooperative_grid=True,
+            )  # fmt: skip
+        return self.logits

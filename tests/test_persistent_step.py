@@ -1,0 +1,145 @@
+"""The step in one launch against the step of the model; on the CPU under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.ops import triton_attention
+from butterfly_llm.persistent_step import PersistentStep, tiling, unsupported
+from conftest import random_model
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA and not INTERPRETED else "cpu"
+kernels = pytest.mark.skipif(
+    triton_attention.status() != "available", reason="no GPU and no interpreter here"
+)
+
+SHAPES = {
+    "micro": {},
+    "grouped, extra levels": {"num_kv_heads": 1, "num_extra_levels": 1, "carry_size": 24},
+    "xor_causal, gated, no carry": {
+        "routing": "xor_causal", "feed_forward": "swiglu", "carry_size": 0, "rope_theta": None,
+    },
+}  # fmt: skip
+SMALLEST = {
+    "hidden_size": 32, "head_dim": 16, "intermediate_size": 48, "carry_size": 8, "num_local_layers": 0,
+    "num_passes": 1, "num_levels": 2, "num_refine_layers": 0,
+}  # fmt: skip
+
+
+def text(length: int) -> torch.Tensor:
+    return torch.randint(256, (1, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+@kernels
+@pytest.mark.parametrize(("shape", "past"), list(zip(SHAPES, (79, 14, 47), strict=True)))
+def test_the_persistent_step_is_the_step(shape: str, past: int) -> None:
+    model = random_model(ButterflyConfig.preset("micro", num_passes=1, **SHAPES[shape])).to(DEVICE)
+    model.backend = "torch"
+    ids = text(past + 2)
+    eager, cache = model.new_cache(), model.new_cache()
+    for each in (eager, cache):
+        model.prefill(ids[:, :past], each)
+    step = PersistentStep(model, cache)
+    positions = torch.full((1,), past, device=DEVICE)
+    for i in range(2):
+        expected = model.step_each(ids[:, past + i], positions, eager)
+        torch.testing.assert_close(step(ids[:, past + i], positions), expected, rtol=0, atol=1e-4)
+        positions += 1
+    cache.position = eager.position = past + 2
+    for (name, a), (_, b) in zip(eager.filled(), cache.filled(), strict=True):
+        if name != "logits":
+            assert (a - b).abs().max() < 1e-4, name
+
+
+@kernels
+def test_programs_share_the_work() -> None:
+    """Where programs run in turn, a launch takes what they hand each other at least one hop further."""
+    model = random_model(ButterflyConfig.preset("micro", **SMALLEST)).to(DEVICE)
+    model.backend = "torch"
+    ids = text(42)
+    eager, cache = model.new_cache(), model.new_cache()
+    for each in (eager, cache):
+        model.prefill(ids[:, :-1], each)
+    positions = torch.full((1,), 41, device=DEVICE)
+    expected = model.step_each(ids[:, -1], positions, eager)
+    step = PersistentStep(model, cache, programs=5)
+    for _ in range(14 if INTERPRETED else 1):
+        logits = step(ids[:, -1], positions)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    for a, b in zip(eager.tensors(), cache.tensors(), strict=True):
+        assert (a - b).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["small", "full"])
+def test_a_graph_steps_over_chunks_and_repeats_to_the_bit(preset: str) -> None:
+    model = random_model(ButterflyConfig.preset(preset)).cuda()
+    model.compute_dtype = torch.bfloat16
+    ids = text(300 + 250)
+    runs = []
+    for _ in range(2):
+        cache, eager = model.new_cache(), model.new_cache()
+        for each in (cache, eager):
+            model.prefill(ids[:, :300], each)
+        step = PersistentStep(model, cache)
+        positions, given = torch.full((1,), 300, device="cuda"), ids[:, 300].clone()
+        step(given, positions)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step(given, positions)
+            positions += 1
+        rows = []
+        for i in range(300, 550):
+            given.copy_(ids[:, i])
+            expected = model.step_each(given, positions, eager)
+            graph.replay()
+            rows.append(logits.clone())
+            error = (logits - expected).square().mean().sqrt()
+            assert error < 0.05 * expected.square().mean().sqrt(), i
+        runs.append(torch.cat(rows))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_bytes", "programs"),
+    [(1024, 512, 132), (256, 2048, 132), (2304, 1536, 132), (768, 6144, 132), (3072, 1536, 108), (48, 64, 1)],
+)
+def test_tiles_take_every_row(rows: int, row_bytes: int, programs: int) -> None:
+    size, count = tiling(rows, row_bytes, programs)
+    assert programs * size * count >= rows
+    assert size & (size - 1) == 0
+    if row_bytes > 1024 and programs > 1:
+        assert size * count <= 1.4 * rows / programs
+
+
+def test_what_it_cannot_step_is_named() -> None:
+    def reason(batch: int = 1, **changes: int) -> str | None:
+        model = random_model(ButterflyConfig.preset("micro", **changes))
+        return unsupported(model.config, model.new_cache(batch))
+
+    assert reason() is None
+    assert reason(2) == "it steps one stream, not 2"
+    assert reason(intermediate_size=200) == "intermediate_size 200 is no multiple of 16"
+    assert reason(chunk_size=24) == "chunk_size 24 is no power of two"
+    model = random_model(ButterflyConfig.preset("micro", carry_size=12))
+    with pytest.raises(ValueError, match="persistent step: carry_size 12 is no multiple of 8"):
+        PersistentStep(model, model.new_cache())
+
+
+@pytest.mark.skipif(INTERPRETED or CUDA, reason="runs natively, or is the run itself")
+def test_under_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "11 passed, 3 skipped" in run.stdout, run.stdout
