@@ -548,8 +548,8 @@ def test_gradients_can_stay_where_they_are(settings: TrainConfig) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("micro_chars", [0, 512])
 def test_on_a_gpu_a_captured_step_is_the_step_itself(settings: TrainConfig, micro_chars: int) -> None:
-    config = change(settings, device="cuda", micro_chars=micro_chars, recall_share=0.5, deterministic=True)
-    config = change(config, lengths=((0.5, 512), (1.0, 1024)), batch_chars=1024, val_every=3)
+    config = change(settings, lengths=((0.5, 512), (1.0, 1024)), batch_chars=1024, val_every=3)
+    config = change(config, device="cuda", micro_chars=micro_chars, recall_share=0.5, deterministic=True)
     try:
         captured = train(config, NANO)
         launched = train(change(config, out=config.out + "2", cuda_graph=False), NANO)
