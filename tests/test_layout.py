@@ -16,7 +16,7 @@ RANKS = {
     "guard": 0, "protocol": 0, "metrics": 0, "folder": 0, "tracking": 0,
     "routing": 1, "data": 1, "rings": 1,
     "ops": 2, "cache": 2, "recompute": 2,
-    "model": 3,
+    "model": 3, "twins": 4,
     "checkpoint": 4, "state": 4, "fused_step": 4, "persistent_step": 4, "extend": 4, "generate": 4,
     "evaluate": 4, "recall": 4, "optim": 4, "reporting": 4, "captured": 4,
     "train": 5, "decode": 5, "repeats": 5, "tasks": 5, "plot": 5, "hf": 5,

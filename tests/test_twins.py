@@ -1,0 +1,115 @@
+"""Other architectures with our parameters and our interface: what they can hear, and that they train."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.evaluate import Document, evaluate
+from butterfly_llm.model import Butterfly
+from butterfly_llm.ops.rope import rope_table, rotate
+from butterfly_llm.twins import TWINS, FullLayer, kernel_error, twin
+from conftest import random_model
+
+MICRO = ButterflyConfig.preset("micro")
+HERE = ("butterfly", "window", "full")  # the others need CUDA
+needs_fla = pytest.mark.skipif(
+    importlib.util.find_spec("fla") is None, reason="needs flash-linear-attention (extra peers)"
+)
+
+
+def filled(name: str) -> Butterfly:
+    """A twin whose zero-initialised matrices carry signal too."""
+    torch.manual_seed(0)
+    model = twin(name, MICRO)
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("preset", ["micro", "tiny", "small", "full"])
+@pytest.mark.parametrize("name", [*HERE, *(pytest.param(n, marks=needs_fla) for n in TWINS[3:])])
+def test_a_twin_has_the_parameters_and_depth_of_the_model(name: str, preset: str) -> None:
+    config = ButterflyConfig.preset(preset)
+    with torch.device("meta"):
+        ours, theirs = Butterfly(config), twin(name, config)
+    assert theirs.num_parameters() == pytest.approx(ours.num_parameters(), rel=0.02)
+    assert len(theirs.layers) == config.num_layers
+    assert theirs.config.chunk_size == config.chunk_size
+
+
+@pytest.mark.parametrize("name", HERE[1:])
+def test_a_twin_hears_what_its_name_says(name: str) -> None:
+    model, chunk = filled(name), MICRO.chunk_size
+    ids = torch.randint(0, 256, (1, 12 * chunk), generator=torch.Generator().manual_seed(1))
+    embedded = model._embed(ids).detach().requires_grad_()
+    model._embed = lambda ids: embedded  # type: ignore[method-assign]
+    asked = 10 * chunk + 3
+    model(ids)[0, asked].sum().backward()
+    assert embedded.grad is not None
+    heard = embedded.grad[0].abs().sum(-1) > 0  # (N,)
+    assert not heard[asked + 1 :].any()
+    reach = MICRO.num_layers if name == "window" else 10  # chunks: one more a layer, or everything
+    assert heard[(10 - reach) * chunk : asked + 1].all() and not heard[: (10 - reach) * chunk].any()
+
+
+def test_full_attention_is_a_softmax_over_all_earlier_characters() -> None:
+    config = dataclasses.replace(MICRO, num_kv_heads=1)
+    generator = torch.Generator().manual_seed(2)
+    q = torch.randn(2, 37, 2, 32, generator=generator)
+    k, v = torch.randn(2, 2, 37, 1, 32, generator=generator).unbind(0)
+    table = rope_table(torch.arange(37), 32, config.rope_theta, torch.float32)
+    scores = torch.einsum("bqhd,bkgd->bhqk", rotate(q, *table), rotate(k, *table)) / 32**0.5
+    mask = torch.ones(37, 37, dtype=torch.bool).tril()
+    expected = torch.einsum("bhqk,bkgd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+    found = FullLayer(config, reads_carry=False).attend(q, k, v, 1, None)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HERE[1:])
+def test_recomputed_layers_give_the_same_gradients(name: str) -> None:
+    ids = torch.randint(0, 256, (2, 100), generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for recompute in (False, True):
+        model = filled(name)
+        model.gradient_checkpointing = recompute
+        model.recompute = dataclasses.replace(model.recompute, slice_rows=64)
+        model.loss(ids[:, :-1], ids[:, 1:]).backward()  # type: ignore[no-untyped-call]
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert plain is not None and recomputed is not None
+        assert torch.allclose(plain, recomputed, atol=1e-5)
+
+
+def test_a_twin_is_evaluated_as_the_model_is_and_has_no_streams() -> None:
+    text = Document("text", bytes(range(32, 127)) * 3)
+    result = evaluate(filled("full"), [text], context=64, compressors=False)
+    assert result.chars == 285 and 4 < result.bits_per_char < 16
+    with pytest.raises(ValueError, match="no streams"):
+        filled("full").new_cache()
+    assert random_model(MICRO).new_cache().position == 0
+
+
+def test_unknown_names_and_missing_packages_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown twin 'mamba': there are butterfly, window, full, gated"):
+        twin("mamba", MICRO)
+    with pytest.raises(ValueError, match="full has no kernels to check: there are gated-deltanet, mamba2"):
+        kernel_error("full", "cpu", torch.float32)
+    for module in ("fla", "fla.layers"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'butterfly-llm\[peers\]'"):
+        twin("mamba2", MICRO)
+
+
+@needs_fla
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TWINS[3:])
+def test_the_kernels_of_a_recurrent_twin_have_right_gradients(name: str) -> None:
+    errors = kernel_error(name, "cuda", torch.bfloat16)
+    assert max(errors.values()) < 0.05, errors
