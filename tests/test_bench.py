@@ -144,7 +144,7 @@ def test_ops_without_a_gpu_is_one_line(run):
     [
         (
             "trian",
-            "unknown benchmark 'trian' (did you mean 'train'?): there are batch, decode, ops, prefill, ",
+            "unknown benchmark 'trian' (did you mean 'train'?): there are batch, decode, ops, peers, ",
         ),
         ("prefill --lengths 0", "--lengths, --slice and --repeats must be at least 1"),
         ("prefill --levels 13", "bench prefill: --levels and --kv-heads go with --preset"),
@@ -161,7 +161,7 @@ def test_ops_without_a_gpu_is_one_line(run):
         ("train --preset smal", "unknown preset 'smal' (did you mean 'small'?)"),
         ("train --backends tritn", "invalid choice: 'tritn'"),
         ("train --chars 10 --lengths 11", "--lengths from 1 to --chars"),
-        ("", "{batch,decode,ops,prefill,rings,stream,train}"),
+        ("", "{batch,decode,ops,peers,prefill,relay,rings,stream,train,twins}"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(run, arguments, message):

@@ -37,6 +37,7 @@ OPTIONAL = (
     "hypothesis",
     "pytest",
     "PIL",
+    "fla",
 )
 # Written in terms of an optional package: imported by those who have it.
 EXTRAS = (

@@ -31,7 +31,8 @@ from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly, FeedForward, Layer, RMSNorm
 from butterfly_llm.ops.rope import rope_table, rotate
 
-TWINS = ("butterfly", "window", "full", "gated-deltanet", "mamba2")
+RECURRENT = ("gated-deltanet", "mamba2")
+TWINS = ("butterfly", "window", "full", *RECURRENT)
 ROPE_THETA = 500_000.0  # of the full-attention twin: pairs turn slowly enough for 100,000s of characters
 
 
@@ -248,7 +249,9 @@ def _two_warps_on_hopper() -> None:
     if chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1:
         for kernel in (chunk_o.chunk_bwd_kernel_dqkwg, wy_fast.prepare_wy_repr_bwd_kernel):
             tuner = kernel.fn  # below the heuristics
-            tuner.configs = [config for config in tuner.configs if config.num_warps == 2]
+            for config in tuner.configs:
+                config.num_warps = 2
+            tuner.configs = list({config.num_stages: config for config in tuner.configs}.values())
         chunk_o.TRITON_ABOVE_3_7_1 = True
 
 

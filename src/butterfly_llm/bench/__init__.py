@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from typing import Any, NoReturn
 
-BENCHES = ("batch", "decode", "ops", "prefill", "relay", "rings", "stream", "train")
+BENCHES = ("batch", "decode", "ops", "peers", "prefill", "relay", "rings", "stream", "train", "twins")
 
 
 class Parser(argparse.ArgumentParser):
