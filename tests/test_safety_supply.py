@@ -3,7 +3,9 @@
 And docs/robustness.md names tests that there are.
 """
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -71,3 +73,13 @@ def test_the_page_of_what_holds_names_tests_that_there_are():
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
         named += 1
     assert named > 40
+
+
+def test_an_audit_without_its_database_fails_or_says_so():
+    script = ROOT / ".ci" / "audit"
+    if not script.exists():
+        pytest.skip("not in a source tree")
+    nowhere = {**os.environ, "BUTTERFLY_ADVISORIES": "http://127.0.0.1:9/pypi"}
+    for flags, code in ([], 1), (["--where-reachable"], 0):
+        done = subprocess.run([script, *flags], env=nowhere, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code and "NOT audited" in done.stderr
