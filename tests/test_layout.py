@@ -42,8 +42,6 @@ OPTIONAL = (
 # Written in terms of an optional package: imported by those who have it.
 EXTRAS = (
     "ops/triton_kernels.py",
-    "ops/triton_chunk_kernels.py",
-    "ops/triton_turned_kernels.py",
     "ops/triton_step_kernel.py",
     "ops/triton_rows_kernels.py",
     "ops/triton_persistent_kernel.py",

@@ -83,6 +83,18 @@ def test_scores_depend_on_the_distance_inside_the_pair_alone() -> None:
         assert torch.allclose(y[stride], y[-1], atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("num_chars", [1, 16, 29])
+def test_inputs_may_come_rotated(backend: str, num_chars: int) -> None:
+    q, k, v = (x.detach() for x in random_qkv(num_chars, torch.float64))
+    table = rope_table(torch.arange(num_chars) % 8, 8, 10000.0, torch.float64)
+    settings = {"stride": 1, "chunk_size": 8, "backend": backend}
+    expected = butterfly_attention_reference(q, k, v, stride=1, chunk_size=8)
+    y = butterfly_attention(rotate(q, *table), rotate(k, *table), v, rotated=True, **settings)
+    assert torch.allclose(y, expected, atol=1e-12)
+    assert torch.allclose(butterfly_attention(q, k, v, **settings), expected, atol=1e-12)
+
+
 def test_rotation_is_relative() -> None:
     q, k = torch.randn(2, 1, 16, dtype=torch.float64)
 

@@ -201,7 +201,7 @@ def test_attention_map_is_what_the_layer_computes(topology, layer, chars):
     q, k, v = (x[None] for x in captured[0])
     expected = butterfly_attention_reference(
         q, k, v, stride=model.routes[layer].stride, topology=topology, chunk_size=config.chunk_size,
-        rope_theta=config.rope_theta,
+        rope_theta=config.rope_theta, rotated=True,
     )[0]  # fmt: skip
     size, stride = config.chunk_size, model.routes[layer].stride
     start = (chars - 1) // size * size

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.ops import triton_attention
+from butterfly_llm.ops import butterfly_attention, triton_attention
 from butterfly_llm.ops.reference import butterfly_attention_reference
-from butterfly_llm.ops.rope import rope_table, rotate
-from butterfly_llm.ops.triton_attention import ChunkTiles, Tiles, butterfly_attention_triton
+from butterfly_llm.ops.triton_attention import Tiles, butterfly_attention_triton
 from butterfly_llm.routing import Topology
 from conftest import chunk_error, random_model
 
@@ -101,9 +100,13 @@ def run(op: Callable[..., Tensor], fused: Tensor, grad: Tensor, case: Case) -> d
     return dict(zip(("y", "dq", "dk", "dv"), (y.detach(), *split(fused.grad, case)), strict=True))
 
 
+def fused_attention(*inputs: Tensor, **options: Any) -> Tensor:
+    return butterfly_attention(*inputs, backend="triton", **options)
+
+
 def check(case: Case, dtype: torch.dtype) -> None:
     fused, grad = make(case, dtype)
-    got = run(butterfly_attention_triton, fused, grad, case)
+    got = run(fused_attention, fused, grad, case)
     want = run(butterfly_attention_reference, fused.double(), grad.double(), case)
     errors = {name: chunk_error(got[name], want[name], case.chunk_size) for name in want}
     assert max(errors.values()) < TOLERANCE[dtype], errors
@@ -151,73 +154,6 @@ def test_unequal_tiles(
     for which in ("forward", "query_gradient", "key_gradient"):
         forced_tiles[which] = Tiles(block_m, block_n, 4, 1)
     check(Case(topology, 85, 32, 1), torch.float32)
-
-
-CHUNK_CASES = [
-    Case("shift", 63, 16, 2, heads=2, kv_heads=1),
-    Case("shift", 128, 32, 2, batch=2),
-    Case("shift", 65, 32, 1, theta=None),
-    Case("xor", 113, 32, 2),
-    Case("xor_causal", 97, 32, 1, head_dim=64),
-]
-CHUNK_NAMES = [f"{c.topology}-{c.length}-chunk{c.chunk_size}-stride{c.stride}" for c in CHUNK_CASES]
-
-
-@kernels
-@pytest.mark.parametrize("case", CHUNK_CASES, ids=CHUNK_NAMES)
-def test_whole_chunks_match_the_reference(
-    case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton_attention, "CHUNK_FORWARD", ChunkTiles())
-    dtype = torch.float32 if INTERPRETED else torch.bfloat16
-    check(case, dtype)
-
-
-@kernels
-@pytest.mark.parametrize(
-    "cut",
-    [
-        ChunkTiles(1, own=1, far=1),
-        ChunkTiles(1, own=2, far=2),
-        ChunkTiles(2, own=2, far=2),
-        ChunkTiles(2, own=1, far=1),
-    ],
-    ids=str,
-)
-def test_every_cut_of_a_chunk(cut: ChunkTiles, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_attention, "CHUNK_FORWARD", cut)
-    check(Case("shift", 85, 32, 1), torch.float16)
-    check(Case("xor", 49, 32, 1), torch.float16)
-
-
-TURNED_CASES = [
-    Case("shift", 85, 32, 1, heads=2, kv_heads=1),
-    Case("shift", 64, 16, 2, batch=2),
-    Case("xor", 49, 32, 1),
-    Case("xor_causal", 33, 16, 1, heads=2, kv_heads=2),
-]
-
-
-@kernels
-@pytest.mark.parametrize("whole_chunks", [False, True])
-@pytest.mark.parametrize("case", TURNED_CASES, ids=lambda case: f"{case.topology}-{case.length}")
-def test_inputs_that_come_turned(
-    case: Case, whole_chunks: bool, poisoned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rotation by the offsets outside the kernels, and of the gradients, is the same function."""
-    monkeypatch.setattr(triton_attention, "CHUNK_FORWARD", ChunkTiles() if whole_chunks else None)
-    monkeypatch.setattr(triton_attention, "TURNED", True)
-    offsets = torch.arange(case.length, device=DEVICE) % case.chunk_size
-
-    def turned(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        table = rope_table(offsets, case.head_dim, case.theta, q.dtype)
-        return butterfly_attention_triton(rotate(q, *table), rotate(k, *table), v, **options)
-
-    fused, grad = make(case, torch.float32)
-    got = run(turned, fused, grad, case)
-    want = run(butterfly_attention_reference, fused.double(), grad.double(), case)
-    errors = {name: chunk_error(got[name], want[name], case.chunk_size) for name in want}
-    assert max(errors.values()) < TOLERANCE[torch.float32], errors
 
 
 @kernels
@@ -294,11 +230,12 @@ def test_a_model_is_one_graph_and_equals_eager() -> None:
 def test_tiles_fit_the_chunk_and_small_cards() -> None:
     for which in ("forward", "query_gradient", "key_gradient"):
         for dtype in triton_attention.DTYPES:
-            small = triton_attention.tiles(which, dtype, 128, 99 * 1024)
-            large = triton_attention.tiles(which, dtype, 128, 227 * 1024)
-            assert small.block_m * small.block_n <= large.block_m * large.block_n
-            cut = triton_attention.tiles(which, dtype, 16, 227 * 1024)
-            assert (cut.block_m, cut.block_n) == (16, 16)
+            for head_dim in triton_attention.HEAD_DIMS:
+                small = triton_attention.tiles(which, dtype, head_dim, 128, 99 * 1024)
+                large = triton_attention.tiles(which, dtype, head_dim, 128, 227 * 1024)
+                assert small.block_m * small.block_n <= large.block_m * large.block_n
+                cut = triton_attention.tiles(which, dtype, head_dim, 16, 227 * 1024)
+                assert (cut.block_m, cut.block_n) == (16, 16)
 
 
 def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

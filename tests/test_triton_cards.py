@@ -15,21 +15,28 @@ pytestmark = pytest.mark.skipif(
     not triton_attention._TRITON_FOUND or os.environ.get("TRITON_INTERPRET") == "1",
     reason="needs Triton's compiler",
 )
-SHAPE = {"HEADS": 4, "GROUP": 1, "CHUNK": 128, "SCALE": 0.125, "TOPOLOGY": "shift", "ROTATE": True}
+SHAPE = {"HEADS": 4, "GROUP": 1, "CHUNK": 128, "SCALE": 0.125, "TOPOLOGY": "shift", "WHOLE": False}
 
 
-def compiled(kernel: Any, capability: int, num_warps: int, angles: str, **constants: Any) -> Any:
+def compiled(which: triton_attention.Pass, capability: int, kilobytes: int, head_dim: int) -> Any:
     """The kernel for float16 inputs and rows of 16 bytes, as `triton_attention` launches it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    from butterfly_llm.ops import triton_kernels
+
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in ("lse_ptr", "delta_ptr"):
+        if name in ("lse_ptr", "delta_ptr", "table_ptr"):
             return "*fp32"
-        return angles if name == "table_ptr" else "*fp16" if name.endswith("_ptr") else "i32"
+        return "*fp16" if name.endswith("_ptr") else "i32"
 
+    kernel = getattr(triton_kernels, f"{which}_kernel")
+    cut = triton_attention.tiles(which, torch.float16, head_dim, 128, kilobytes * 1024)
+    constants = SHAPE | {
+        "D": head_dim, "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "STAGES": cut.num_stages
+    }  # fmt: skip
     names = kernel.arg_names
     aligned = [i for i, name in enumerate(names) if name.endswith("_ptr") or name.startswith("stride_")]
     source = ASTSource(
@@ -38,7 +45,9 @@ def compiled(kernel: Any, capability: int, num_warps: int, angles: str, **consta
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": 1}
+    options = {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
+    if cut.registers:
+        options["maxnreg"] = cut.registers
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -52,20 +61,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [("key_gradient", 75, 64), ("forward", 120, 99), ("query_gradient", 120, 99), ("key_gradient", 120, 99)],
 )
 def test_tiles_fit_small_cards(which: triton_attention.Pass, capability: int, kilobytes: int) -> None:
-    from butterfly_llm.ops import triton_kernels
-
-    kernel = getattr(triton_kernels, f"{which}_kernel")
-    cut = triton_attention.tiles(which, torch.float16, 128, kilobytes * 1024)
-    tiles = {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n}
-    found = compiled(kernel, capability, cut.num_warps, "*fp32", **SHAPE, D=128, **tiles)
+    found = compiled(which, capability, kilobytes, 128)
     assert 0 < found.metadata.shared <= kilobytes * 1024
 
 
-def test_three_programs_of_whole_chunks_share_a_multiprocessor() -> None:
-    from butterfly_llm.ops.triton_chunk_kernels import chunk_forward_kernel
-
-    cut = triton_attention.ChunkTiles()
-    tiles = {"SPLIT": cut.split, "OWN": cut.own, "FAR": cut.far, "WHOLE": True}
-    found = compiled(chunk_forward_kernel, 90, cut.num_warps, "*fp16", **SHAPE, D=64, **tiles)
+def test_three_programs_share_a_hopper_multiprocessor() -> None:
+    found = compiled("forward", 90, 227, 64)
     assert 0 < 3 * (found.metadata.shared + 1024) <= 228 * 1024
     assert "wgmma" in found.asm["ptx"]
+    assert "cp.async" in found.asm["ptx"]

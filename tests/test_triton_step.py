@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from butterfly_llm.ops.portable import step_attention
+from butterfly_llm.ops.rope import rope_table, rotate
 from butterfly_llm.ops.triton_step import step_attention_triton
 from butterfly_llm.routing import Topology
 from test_triton_attention import DEVICE, TOLERANCE, kernels
@@ -26,6 +27,12 @@ def rings(count: int, kv_heads: int, slots: int, dtype: torch.dtype) -> tuple[Te
     return torch.randn(shape, device=DEVICE).to(dtype), torch.randn(shape, device=DEVICE).to(dtype)
 
 
+def turned(q: Tensor, k: Tensor, position: int, theta: float | None) -> list[Tensor]:
+    """In float64, rotated by the offset."""
+    table = rope_table(torch.tensor([position % CHUNK], device=DEVICE), HEAD_DIM, theta, torch.float64)
+    return [rotate(x.double(), *table) for x in (q, k)]
+
+
 def one_by_one(
     q: Tensor, k: Tensor, v: Tensor, ring: tuple[Tensor, Tensor], positions: list[int], **options: Any
 ) -> Tensor:
@@ -36,7 +43,11 @@ def one_by_one(
         own = (ring[0][part], ring[1][part])
         rows.append(
             step_attention(
-                q[part].double(), k[part].double(), v[part].double(), own, position=position, **options
+                *turned(q[part], k[part], position, options["rope_theta"]),
+                v[part].double(),
+                own,
+                position=position,
+                **options,
             )
         )
     return torch.cat(rows)

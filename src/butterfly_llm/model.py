@@ -31,11 +31,12 @@ from butterfly_llm.ops.portable import (
     step_attention_each,
 )
 from butterfly_llm.ops.prefill import prefill_attention_whole
-from butterfly_llm.ops.rope import rope_table
+from butterfly_llm.ops.rope import Angles, offset_angles, rope_table, rotate_rows
 from butterfly_llm.ops.triton_step import step_attention_triton
 from butterfly_llm.recompute import Recompute, recomputed_layer
 from butterfly_llm.routing import LayerRoute
 
+QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 # Nothing random is run twice, so its state need not be kept.
 _CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
@@ -59,7 +60,11 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries, keys and values with QK-norm; `memory`, the normalised carry, adds to keys and values."""
+    """Queries and keys, normalised and rotated by their offset in the chunk, and values.
+
+    `memory`, the normalised carry, adds to keys and values. The rotation costs no pass over memory here, as
+    it shares one with the norms; attention kernels would do it again for every block they read.
+    """
 
     def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
         super().__init__()
@@ -74,8 +79,8 @@ class Attention(nn.Module):
         self.read = Linear(config.carry_size, 2 * self.kv_size, bias=False) if reads_carry else None
         nn.init.zeros_(self.out.weight)
 
-    def project(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., d), memory (..., M) -> q (..., H, D), k and v (..., K, D)."""
+    def project(self, x: Tensor, memory: Tensor | None, angles: Angles | None) -> QueryKeyValue:
+        """x (T, d), memory (T, M) -> q (T, H, D), k and v (T, K, D)."""
         q, kv = self.qkv(x).split([self.query_size, 2 * self.kv_size], -1)
         if self.read is not None and self.read_norm is not None:
             assert memory is not None
@@ -83,8 +88,8 @@ class Attention(nn.Module):
         k, v = kv.split(self.kv_size, -1)
         heads = (-1, self.config.head_dim)
         return (
-            self.q_norm(q.unflatten(-1, heads)),
-            self.k_norm(k.unflatten(-1, heads)),
+            rotate_rows(self.q_norm(q.unflatten(-1, heads)), angles),
+            rotate_rows(self.k_norm(k.unflatten(-1, heads)), angles),
             v.unflatten(-1, heads),
         )
 
@@ -117,19 +122,21 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
         # Both halves around the attention see characters as rows (T, .), whatever B, N and the stride are:
         # `Butterfly.compile_layers` puts compiled ones here that serve every layer and sequence length.
-        self.project: Callable[[Layer, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]] = Layer._project
+        self.project: Callable[..., QueryKeyValue] = Layer._project
         self.finish: Callable[[Layer, Tensor, Tensor], Tensor] = Layer._finish
 
-    def forward(self, x: Tensor, memory: Tensor | None, stride: int, backend: Backend | None) -> Tensor:
-        """x (B, N, d), memory (B, N, M) or None -> (B, N, d)."""
+    def forward(
+        self, x: Tensor, memory: Tensor | None, angles: Angles | None, stride: int, backend: Backend | None
+    ) -> Tensor:
+        """x (B, N, d), memory (B, N, M) or None, angles of the B * N rows -> (B, N, d)."""
         shape = x.shape[:2]
         rows = None if memory is None else memory.flatten(0, 1)
-        q, k, v = (z.view(*shape, *z.shape[1:]) for z in self.project(self, x.flatten(0, 1), rows))
+        q, k, v = (z.view(*shape, *z.shape[1:]) for z in self.project(self, x.flatten(0, 1), rows, angles))
         y = self.attend(q, k, v, stride, backend)
         return self.finish(self, x.flatten(0, 1), y.flatten(0, 1)).view(x.shape)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, stride: int, backend: Backend | None) -> Tensor:
-        """q (B, N, H, D), k and v (B, N, K, D) -> (B, N, H, D)."""
+        """q (B, N, H, D), k and v (B, N, K, D), as `project` makes them -> (B, N, H, D)."""
         return butterfly_attention(
             q,
             k,
@@ -139,6 +146,7 @@ class Layer(nn.Module):
             chunk_size=self.config.chunk_size,
             rope_theta=self.config.rope_theta,
             backend=backend,
+            rotated=True,
         )
 
     def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -155,6 +163,7 @@ class Layer(nn.Module):
         stride: int,
         rings: tuple[Any, Any],
         position: int | Tensor,
+        angles: Angles | None,
         attend: Callable[..., Tensor],
     ) -> Tensor:
         """`forward` for the characters `position`.. of a stream: x (B, T, d), or (B, d) for a single one.
@@ -165,7 +174,7 @@ class Layer(nn.Module):
         rows, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
         lanes = None if memory is None else memory.reshape(-1, memory.shape[-1])
         y = attend(
-            *(z.view(*shape, *z.shape[1:]) for z in self.project(self, rows, lanes)),
+            *(z.view(*shape, *z.shape[1:]) for z in self.project(self, rows, lanes, angles)),
             rings,
             position=position,
             stride=stride,
@@ -174,9 +183,9 @@ class Layer(nn.Module):
         )
         return self.finish(self, rows, y.reshape(-1, *y.shape[-2:])).view(x.shape)
 
-    def _project(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., d), memory (..., M) -> q (..., H, D), k and v (..., K, D)."""
-        return self.attention.project(self.attention_norm(x), memory)
+    def _project(self, x: Tensor, memory: Tensor | None, angles: Angles | None) -> QueryKeyValue:
+        """x (T, d), memory (T, M) -> q (T, H, D), k and v (T, K, D)."""
+        return self.attention.project(self.attention_norm(x), memory, angles)
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:
         """x (..., d), y (..., H, D) -> (..., d)."""
@@ -279,6 +288,14 @@ class Butterfly(nn.Module):
         x = F.embedding(ids.long(), self.embed.weight).to(self.compute_dtype)
         return cast(Tensor, self.embed_norm(x))
 
+    def _angles(self, position: int | Tensor, ids: Tensor) -> Angles | None:
+        """By which `project` rotates the characters position.. of ids (B, T), or the next one, ids (B,)."""
+        config, num_chars = self.config, ids.shape[1] if ids.ndim > 1 else 1
+        return offset_angles(
+            position, len(ids), num_chars, chunk_size=config.chunk_size, head_dim=config.head_dim,
+            theta=config.rope_theta, dtype=self.compute_dtype, device=ids.device,
+        )  # fmt: skip
+
     def _walk(
         self,
         x: Tensor,
@@ -314,11 +331,13 @@ class Butterfly(nn.Module):
         # Slices also bound the workspace of long texts that are only read.
         slicing = recompute or (not torch.is_grad_enabled() and ids.numel() > rows)
 
+        angles = self._angles(0, ids)
+
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
             layer, stride = cast(Layer, self.layers[index]), self.routes[index].stride
             if slicing and not (recompute and index >= first_whole):
-                return recomputed_layer(layer, x, memory, stride, self.backend, rows)
-            return cast(Tensor, layer(x, memory, stride, self.backend))
+                return recomputed_layer(layer, x, memory, angles, stride, self.backend, rows)
+            return cast(Tensor, layer(x, memory, angles, stride, self.backend))
 
         def kept(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
             """`run`, of which only the inputs are kept where layers are recomputed."""
@@ -413,12 +432,10 @@ class Butterfly(nn.Module):
         attend = prefill_attention
         backend = self.backend or default_backend(ids.device)
         if backend != "torch":
-
-            def whole(q: Tensor, k: Tensor, v: Tensor, stride: int) -> Tensor:
-                return cast(Layer, self.layers[0]).attend(q, k, v, stride, backend)
-
+            whole = partial(cast(Layer, self.layers[0]).attend, backend=backend)
             attend = partial(prefill_attention_whole, attend=whole)
-        x = self._stream(ids, cache.position, cache.rings(), attend, partner_rows_prefill)
+        angles = self._angles(cache.position, ids)
+        x = self._stream(ids, cache.position, cache.rings(), angles, attend, partner_rows_prefill)
         cache.position += ids.shape[1]
         return x
 
@@ -427,6 +444,7 @@ class Butterfly(nn.Module):
         ids: Tensor,
         position: int | Tensor,
         rings: Sequence[tuple[Any, Any, Any]],
+        angles: Angles | None,
         attend: Callable[..., Tensor],
         partner_of: Callable[..., Tensor],
     ) -> Tensor:
@@ -434,7 +452,8 @@ class Butterfly(nn.Module):
 
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
             layer = cast(Layer, self.layers[index])
-            return layer.stream(x, memory, self.routes[index].stride, rings[index][:2], position, attend)
+            stride = self.routes[index].stride
+            return layer.stream(x, memory, stride, rings[index][:2], position, angles, attend)
 
         def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
             ring = rings[index][2]
@@ -458,7 +477,8 @@ class Butterfly(nn.Module):
         if len(ids) == 1 and self._on_cpu_in_float32(cache):
             return self.step_streams([int(ids)], [cache])
         cache.begin()
-        x = self._stream(ids, cache.position, cache.windows(), step_attention, partner_row_step)
+        angles = self._angles(cache.position, ids)
+        x = self._stream(ids, cache.position, cache.windows(), angles, step_attention, partner_row_step)
         cache.position += 1
         cache.logits = cast(Tensor, self.head(self.norm(x)).float())
         return cache.logits
@@ -473,11 +493,13 @@ class Butterfly(nn.Module):
         A stream may be stepped without going on: its next step or prefill overwrites what this one wrote.
         shares: gets (B,) for each layer, the part of the attention that goes to the own chunk.
         """
-        fused = shares is None and (self.backend or default_backend(ids.device)) == "triton"
-        attend: Callable[..., Tensor] = (
-            step_attention_triton if fused else partial(step_attention_each, shares=shares)
-        )
-        x = self._stream(ids, positions, cache.windows(), attend, partner_row_step_each)
+        if shares is None and (self.backend or default_backend(ids.device)) == "triton":
+            attend: Callable[..., Tensor] = step_attention_triton
+            angles = None  # the kernel rotates: launches are what a step costs
+        else:
+            attend = partial(step_attention_each, shares=shares)
+            angles = self._angles(positions, ids)
+        x = self._stream(ids, positions, cache.windows(), angles, attend, partner_row_step_each)
         return cast(Tensor, self.head(self.norm(x)).float())
 
     def _on_cpu_in_float32(self, cache: Cache) -> bool:

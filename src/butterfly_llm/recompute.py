@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from butterfly_llm.config import ButterflyConfig
 
+Angles = tuple[Tensor, Tensor]  # of `ops.rope`
 Mode = Literal["auto", "none", "layer", "nested"]
 # Shares of the free memory that a plan may fill: allocators leave gaps, more where much is recomputed.
 _FULL, _FULL_RECOMPUTING = 0.93, 0.85
@@ -68,10 +69,12 @@ def fewest_slots(num_layers: int) -> int:
 class SlicedLayer(Protocol):
     """What a layer must offer; characters are rows (T, .)."""
 
-    project: Callable[[Any, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+    project: Callable[[Any, Tensor, Tensor | None, Angles | None], tuple[Tensor, Tensor, Tensor]]
     finish: Callable[[Any, Tensor, Tensor], Tensor]
 
-    def __call__(self, x: Tensor, memory: Tensor | None, stride: int, backend: Any) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, memory: Tensor | None, angles: Angles | None, stride: int, backend: Any
+    ) -> Tensor: ...
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, stride: int, backend: Any) -> Tensor: ...
 
@@ -79,11 +82,17 @@ class SlicedLayer(Protocol):
 
 
 def recomputed_layer(
-    layer: SlicedLayer, x: Tensor, memory: Tensor | None, stride: int, backend: Any, slice_rows: int
+    layer: SlicedLayer,
+    x: Tensor,
+    memory: Tensor | None,
+    angles: Angles | None,
+    stride: int,
+    backend: Any,
+    slice_rows: int,
 ) -> Tensor:
     """x (B, N, d), memory (B, N, M) or None -> (B, N, d); keeps x and memory alone for the backward pass."""
     project, finish = layer.parts()
-    y = _Recomputed.apply(layer, stride, backend, slice_rows, x, memory, *project, *finish)  # type: ignore[no-untyped-call]
+    y = _Recomputed.apply(layer, angles, stride, backend, slice_rows, x, memory, *project, *finish)  # type: ignore[no-untyped-call]
     assert isinstance(y, Tensor)
     return y
 
@@ -93,6 +102,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any,
         layer: SlicedLayer,
+        angles: Angles | None,
         stride: int,
         backend: Any,
         slice_rows: int,
@@ -101,8 +111,8 @@ class _Recomputed(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, memory)
-        ctx.rest = layer, stride, backend, slice_rows
-        q, k, v = _project(layer, x, memory, slice_rows)
+        ctx.rest = layer, angles, stride, backend, slice_rows
+        q, k, v = _project(layer, x, memory, angles, slice_rows)
         y = layer.attend(q, k, v, stride, backend).flatten(0, 1)
         del q, k, v
         rows = x.flatten(0, 1)
@@ -114,7 +124,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, memory = ctx.saved_tensors
-        layer, stride, backend, slice_rows = ctx.rest
+        layer, angles, stride, backend, slice_rows = ctx.rest
         project, finish = layer.parts()
         rows, lanes = x.flatten(0, 1), None if memory is None else memory.flatten(0, 1)
         dout = gradients[0].flatten(0, 1)
@@ -122,11 +132,11 @@ class _Recomputed(torch.autograd.Function):
         if len(slices) == 1:  # nothing needs to be projected twice
             leaves = [z.detach().requires_grad_() for z in (x, memory) if z is not None]
             with torch.enable_grad():
-                out = layer(*leaves, *((None,) if memory is None else ()), stride, backend)
+                out = layer(*leaves, *((None,) if memory is None else ()), angles, stride, backend)
             found = torch.autograd.grad(out, [*leaves, *project, *finish], gradients[0])
-            return (None,) * 4 + (*found[: len(leaves)], *([None] * (2 - len(leaves))), *found[len(leaves) :])
+            return (None,) * 5 + (*found[: len(leaves)], *([None] * (2 - len(leaves))), *found[len(leaves) :])
 
-        q, k, v = (z.requires_grad_() for z in _project(layer, x, memory, slice_rows))
+        q, k, v = (z.requires_grad_() for z in _project(layer, x, memory, angles, slice_rows))
         with torch.enable_grad():
             y = layer.attend(q, k, v, stride, backend)
         heard = y.detach().flatten(0, 1)
@@ -150,14 +160,15 @@ class _Recomputed(torch.autograd.Function):
             if lanes is not None:
                 inputs.append(lanes[part].detach().requires_grad_())
             with torch.enable_grad():
-                outputs = layer.project(layer, inputs[0], inputs[1] if len(inputs) > 1 else None)
+                memory_rows = inputs[1] if len(inputs) > 1 else None
+                outputs = layer.project(layer, inputs[0], memory_rows, _angles_of(angles, part))
             found = torch.autograd.grad(outputs, [*inputs, *project], [dq[part], dk[part], dv[part]])
             dx[part] += found[0]
             if dmemory is not None:
                 dmemory[part] = found[1]
             _add(project_sum, found[len(inputs) :])
         return (
-            *(None,) * 4,
+            *(None,) * 5,
             dx.view(x.shape),
             None if dmemory is None else dmemory.view(memory.shape),
             *project_sum,
@@ -169,18 +180,32 @@ def _slices(rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _project(layer: SlicedLayer, x: Tensor, memory: Tensor | None, slice_rows: int) -> list[Tensor]:
+def _project(
+    layer: SlicedLayer, x: Tensor, memory: Tensor | None, angles: Angles | None, slice_rows: int
+) -> list[Tensor]:
     """q, k, v (B, N, ., D) without a graph."""
     rows, lanes = x.flatten(0, 1), None if memory is None else memory.flatten(0, 1)
     whole: list[Tensor] = []
     with torch.no_grad():
         for part in _slices(len(rows), slice_rows):
-            found = layer.project(layer, rows[part], None if lanes is None else lanes[part])
+            memory_rows = None if lanes is None else lanes[part]
+            found = layer.project(layer, rows[part], memory_rows, _angles_of(angles, part))
             if not whole:
                 whole = [z.new_empty(len(rows), *z.shape[1:]) for z in found]
             for all_rows, z in zip(whole, found, strict=True):
                 all_rows[part] = z
     return [z.view(*x.shape[:2], *z.shape[1:]) for z in whole]
+
+
+def _angles_of(angles: Angles | None, rows: slice) -> Angles | None:
+    """The angles of some of the rows."""
+    if angles is None:
+        return None
+    cos, sin = angles
+    if rows.start % len(cos) == 0 and rows.stop % len(cos) == 0:
+        return angles
+    at = torch.arange(rows.start, rows.stop, device=cos.device) % len(cos)
+    return cos[at], sin[at]
 
 
 def _add(sums: Sequence[Tensor], found: Sequence[Tensor]) -> None:

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from butterfly_llm.bench import run
 from butterfly_llm.bench.isolate import Worker, all_at_once, one_line
-from butterfly_llm.ops import triton_attention
+from butterfly_llm.ops import butterfly_attention, triton_attention
 from butterfly_llm.ops.portable import butterfly_attention_portable, step_attention
 from butterfly_llm.ops.reference import butterfly_attention_reference
 from butterfly_llm.ops.rope import rope_table, rotate
-from butterfly_llm.ops.triton_attention import ChunkTiles, Tiles, butterfly_attention_triton
+from butterfly_llm.ops.triton_attention import Tiles, butterfly_attention_triton
 
 MODULE = "butterfly_llm.bench.ops"  # by name: run with -m this file is __main__
 HEADS, HEAD_DIM, CHUNK, STRIDE = 12, 64, 128, 32
@@ -40,35 +40,23 @@ OPTIONS: dict[str, Any] = {
     "stride": STRIDE, "topology": "shift", "chunk_size": CHUNK, "rope_theta": 10000.0
 }  # fmt: skip
 
-# Names of variants: the arguments of Tiles (queries, keys, warps, stages, registers), or of ChunkTiles.
-# "turned" ones take queries and keys that come rotated by their offsets in the chunk.
-Variant = dict[str, Any]
-FORWARD: dict[str, Variant] = {
-    "tiled 64x64": {"tiles": (64, 64, 4, 1)},
-    "tiled 128x64 w8": {"tiles": (128, 64, 8, 1)},
-    "chunk 2/2/1 w4": {"split": 2, "own": 2, "far": 1},
-    "turned 64x64": {"tiles": (64, 64, 4, 1)},
-    "turned 64x64 stages 2": {"tiles": (64, 64, 4, 2)},
-    "turned 64x64 r128": {"tiles": (64, 64, 4, 1, 128)},
-    "turned 64x64 stages 2 r128": {"tiles": (64, 64, 4, 2, 128)},
-    "turned 128x64 w8 stages 2": {"tiles": (128, 64, 8, 2)},
-    "turned 128x64 w8 stages 3": {"tiles": (128, 64, 8, 3)},
-    "turned chunk 2/2/1 w4": {"split": 2, "own": 2, "far": 1},
+# Variants, as the arguments of Tiles: queries, keys, warps, stages, the most registers of a thread.
+FORWARD: dict[str, tuple[int | None, ...]] = {
+    "64x64 w4 s3 r128": (64, 64, 4, 3, 128),
+    "64x64 w4 s2 r128": (64, 64, 4, 2, 128),
+    "64x64 w4 s2": (64, 64, 4, 2, None),
+    "64x32 w4 s3 r96": (64, 32, 4, 3, 96),
+    "128x64 w8 s3 r128": (128, 64, 8, 3, 128),
 }
 # The tiles of the two kernels of the backward pass: of queries, then of keys.
-BACKWARD: dict[str, Variant] = {
-    "tiled": {"query_gradient": (64, 64, 4, 1), "key_gradient": (32, 64, 4, 1)},
-    "tiled dq 128x64 w8": {"query_gradient": (128, 64, 8, 1), "key_gradient": (32, 64, 4, 1)},
-    "tiled dkv 32x128 w8": {"query_gradient": (64, 64, 4, 1), "key_gradient": (32, 128, 8, 1)},
-    "turned": {"query_gradient": (64, 64, 4, 1), "key_gradient": (32, 64, 4, 1)},
-    "turned dq stages 2": {"query_gradient": (64, 64, 4, 2), "key_gradient": (32, 64, 4, 1)},
-    "turned dq 128x64 w8": {"query_gradient": (128, 64, 8, 2), "key_gradient": (32, 64, 4, 1)},
-    "turned dkv 64x64": {"query_gradient": (64, 64, 4, 1), "key_gradient": (64, 64, 4, 1)},
-    "turned dkv stages 2": {"query_gradient": (64, 64, 4, 1), "key_gradient": (32, 64, 4, 2)},
-    "turned dkv 32x128 w8": {"query_gradient": (64, 64, 4, 1), "key_gradient": (32, 128, 8, 2)},
+BACKWARD: dict[str, tuple[tuple[int | None, ...], tuple[int | None, ...]]] = {
+    "dq 64x64 s1 r128, dkv 64x64 s1": ((64, 64, 4, 1, 128), (64, 64, 4, 1, None)),
+    "dq 64x32 s3, dkv 64x64 s1": ((64, 32, 4, 3, None), (64, 64, 4, 1, None)),
+    "dq 64x64 s1, dkv 64x64 s1": ((64, 64, 4, 1, None), (64, 64, 4, 1, None)),
+    "dq 64x64 s1 r128, dkv 128x64 s1": ((64, 64, 4, 1, 128), (128, 64, 4, 1, None)),
+    "dq 64x64 s1 r128, dkv 32x64 s1": ((64, 64, 4, 1, 128), (32, 64, 4, 1, None)),
 }
-SHIPPED = ("tiled 64x64", "tiled")
-TURNED = ("turned 64x64", "turned")
+SHIPPED = (next(iter(FORWARD)), next(iter(BACKWARD)))
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -77,25 +65,11 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def use(forward: str, backward: str) -> None:
-    """Make the kernels of these variants the ones that `butterfly_attention_triton` runs."""
-    chosen = FORWARD[forward]
-    triton_attention.TURNED = is_turned(forward)
-    assert is_turned(forward) == is_turned(backward)
-    triton_attention.FORCED_TILES.clear()
-    triton_attention.CHUNK_FORWARD = None if "tiles" in chosen else ChunkTiles(**chosen)
-    if "tiles" in chosen:
-        triton_attention.FORCED_TILES["forward"] = Tiles(*chosen["tiles"])
-    for which, cut in BACKWARD[backward].items():
-        triton_attention.FORCED_TILES[cast(triton_attention.Pass, which)] = Tiles(*cut)
-
-
-def is_turned(name: str) -> bool:
-    return name.startswith("turned")
-
-
-def base_of(name: str) -> tuple[str, str]:
-    """The plainest forward and backward variants that go with one."""
-    return TURNED if is_turned(name) else SHIPPED
+    """Make the tiles of these variants the ones that `butterfly_attention_triton` uses."""
+    query_gradient, key_gradient = BACKWARD[backward]
+    cuts = {"forward": FORWARD[forward], "query_gradient": query_gradient, "key_gradient": key_gradient}
+    for which, cut in cuts.items():
+        triton_attention.FORCED_TILES[cast(triton_attention.Pass, which)] = Tiles(*cast(Any, cut))
 
 
 def replay_ms(run: Callable[[], object], repeats: int = 7, inside: int = 1) -> float:
@@ -175,12 +149,6 @@ def expected(length: int, stride: int) -> tuple[list[Tensor], list[Tensor]]:
     return inputs, [y.detach(), *torch.autograd.grad(y, (q, k, v), inputs[3].double())]
 
 
-def rotated(x: Tensor) -> Tensor:
-    """x (1, N, H, D) turned by the offsets in the chunk in float32, as a projection would hand it over."""
-    offsets = torch.arange(x.shape[1], device=x.device) % CHUNK
-    return rotate(x.float(), *rope_table(offsets, HEAD_DIM, OPTIONS["rope_theta"], torch.float32)).to(x.dtype)
-
-
 def errors(forward: str, backward: str) -> dict[str, float]:
     """RMS error over RMS reference, worst chunk of several lengths, of the output and the gradients."""
     use(forward, backward)
@@ -188,8 +156,7 @@ def errors(forward: str, backward: str) -> dict[str, float]:
     for length, stride in ((2048 + 17, 4), (2048, 1), (500, 2)):
         inputs, results = expected(length, stride)
         q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
-        own_q, own_k = (rotated(q), rotated(k)) if is_turned(forward) else (q, k)
-        y = butterfly_attention_triton(own_q, own_k, v, **OPTIONS | {"stride": stride})
+        y = butterfly_attention(q, k, v, backend="triton", **OPTIONS | {"stride": stride})
         found = [y.detach(), *torch.autograd.grad(y, (q, k, v), inputs[3])]
         for name, got, want in zip(worst, found, results, strict=True):
             for a, b in zip(torch.split(got.double(), CHUNK, 1), torch.split(want, CHUNK, 1), strict=True):
@@ -199,7 +166,7 @@ def errors(forward: str, backward: str) -> dict[str, float]:
 
 
 def forward_ms(forward: str, length: int, stride: int) -> float:
-    use(forward, base_of(forward)[1])
+    use(forward, SHIPPED[1])
     q, k, v = (x.detach() for x in views(length))
     options = OPTIONS | {"stride": stride}
     return replay_ms(
@@ -209,7 +176,7 @@ def forward_ms(forward: str, length: int, stride: int) -> float:
 
 def backward_ms(backward: str, length: int, stride: int) -> float:
     """The backward operator alone."""
-    use(base_of(backward)[0], backward)
+    use(SHIPPED[0], backward)
     q, k, v = (x.detach() for x in views(length))
     grad = torch.randn(1, length, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     options = OPTIONS | {"stride": stride}
@@ -360,9 +327,11 @@ def step(batch: int) -> dict[str, float]:
     options: dict[str, Any] = {"stride": 2, "topology": "shift", "rope_theta": 10000.0}
     at = 5 * CHUNK + 77
     position = torch.full((batch,), at, device="cuda")
-    want = step_attention(
-        q.double(), k.double(), v.double(), (ring[0].clone(), ring[1].clone()), position=at, **options
-    )
+    offset = torch.tensor([at % CHUNK], device="cuda")
+    table = rope_table(offset, HEAD_DIM, options["rope_theta"], torch.float64)
+    turned_q, turned_k = (rotate(x.double(), *table) for x in (q, k))
+    twin = ring[0].clone(), ring[1].clone()
+    want = step_attention(turned_q, turned_k, v.double(), twin, position=at, **options)
     got = step_attention_triton(q, k, v, ring, position=position, **options)
     return {
         "error": ((got.double() - want).square().mean() / want.square().mean()).sqrt().item(),
@@ -442,8 +411,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _measure(report: Report, quick: bool) -> None:
     forwards = [SHIPPED[0]] if quick else list(FORWARD)
     backwards = [SHIPPED[1]] if quick else list(BACKWARD)
-    pairs = [(name, base_of(name)[1]) for name in forwards]
-    pairs += [(base_of(name)[0], name) for name in backwards if name not in (SHIPPED[1], TURNED[1])]
+    pairs = [(name, SHIPPED[1]) for name in forwards] + [(SHIPPED[0], name) for name in backwards[1:]]
     compiled = all_at_once(MODULE, [("first_run", *pair) for pair in pairs], 100)
     for pair, seconds in zip(pairs, compiled, strict=True):
         report.add("first run, seconds", " + ".join(pair), seconds)
@@ -452,23 +420,17 @@ def _measure(report: Report, quick: bool) -> None:
         name = "own and partner" if partner else "own chunk"
         report.add("traffic 64k, ms", name, report.ask(20, "traffic_ms", SHORT, STRIDE, partner))
     for name in forwards:
-        report.add("error", name, report.ask(30, "errors", name, base_of(name)[1]))
+        report.add("error", name, report.ask(30, "errors", name, SHIPPED[1]))
     for name in backwards:
-        report.add("error", name, report.ask(30, "errors", base_of(name)[0], name))
+        report.add("error", name, report.ask(30, "errors", SHIPPED[0], name))
     for name in forwards:
         report.add("forward 64k, ms", name, report.ask(15, "forward_ms", name, SHORT, STRIDE))
     for name in backwards:
         report.add("backward 64k, ms", name, report.ask(15, "backward_ms", name, SHORT, STRIDE))
-    best = {}
-    for kind, base in {"best": SHIPPED, "best turned": TURNED}.items():
-        best[kind] = tuple(
-            report.best(section, [name for name in names if base_of(name) == base], base[i])
-            for i, (section, names) in enumerate(
-                (("forward 64k, ms", forwards), ("backward 64k, ms", backwards))
-            )
-        )
-        print(f"{kind}: {', '.join(best[kind])}", flush=True)
-    forward, backward = best["best"]
+    forward = report.best("forward 64k, ms", forwards, SHIPPED[0])
+    backward = report.best("backward 64k, ms", backwards, SHIPPED[1])
+    report.add("variants", "shipped", ", ".join(SHIPPED))
+    report.add("variants", "best", f"{forward}, {backward}")
     for length in (SHORT,) if quick else (SHORT, LONG):
         section = f"{length} characters"
         if isinstance(ceiling, dict):
@@ -477,21 +439,22 @@ def _measure(report: Report, quick: bool) -> None:
         report.add(section, "shipped", report.ask(25, "fused", length, *SHIPPED))
         if quick:
             continue
-        for kind, names in best.items():
-            report.add(section, kind, report.ask(25, "fused", length, *names))
+        if (forward, backward) != SHIPPED:
+            report.add(section, "best", report.ask(25, "fused", length, forward, backward))
         report.add(section, "flex_attention", report.ask(40, "flex", length))
         if length == SHORT:
             report.add(section, "full causal", report.ask(15, "full_causal", length))
         report.worker.ask(5, "free")
     for batch in (1, 64):
         report.add("step", f"{batch} streams", report.ask(20, "step", batch))
-    report.add("properties", "repeats", report.ask(20, "repeats", forward, backward))
+    report.add("properties", "repeats", report.ask(20, "repeats", *SHIPPED))
     if quick:
         return
-    report.add("properties", "beyond 2**31", report.ask(30, "beyond_int32", forward, backward))
+    report.add("properties", "beyond 2**31", report.ask(30, "beyond_int32", *SHIPPED))
     for stride in (1, 8, 256):
-        report.add("stride, forward ms", str(stride), report.ask(15, "forward_ms", forward, SHORT, stride))
-        report.add("stride, backward ms", str(stride), report.ask(15, "backward_ms", backward, SHORT, stride))
+        for i, part in enumerate(("forward", "backward")):
+            took = report.ask(15, f"{part}_ms", SHIPPED[i], SHORT, stride)
+            report.add(f"stride, {part} ms", str(stride), took)
     for name in forwards:
         report.add("forward 1M, ms", name, report.ask(15, "forward_ms", name, LONG, STRIDE))
     for name in backwards:

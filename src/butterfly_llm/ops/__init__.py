@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -17,12 +18,14 @@ from torch import Tensor
 from butterfly_llm.ops import triton_attention
 from butterfly_llm.ops.portable import butterfly_attention_portable
 from butterfly_llm.ops.reference import butterfly_attention_reference
+from butterfly_llm.ops.rope import offset_angles, rotate_rows
 from butterfly_llm.routing import Topology
 
 Backend = Literal["reference", "torch", "triton"]
 
+# Each takes queries and keys that are rotated by their offset in the chunk.
 _RUN: dict[Backend, Callable[..., Tensor]] = {
-    "reference": butterfly_attention_reference,
+    "reference": partial(butterfly_attention_reference, rotated=True),
     "torch": butterfly_attention_portable,
     "triton": triton_attention.butterfly_attention_triton,
 }
@@ -55,6 +58,7 @@ def butterfly_attention(
     rope_theta: float | None = 10000.0,
     backend: Backend | None = None,
     topology: Topology | None = None,
+    rotated: bool = False,
 ) -> Tensor:
     """Each chunk attends to itself and to one partner chunk (design, sections 2 and 5).
 
@@ -63,6 +67,7 @@ def butterfly_attention(
     causal: True reads chunk c - stride; False reads c XOR stride on either side, and all of the own chunk.
     topology: names the partner rule outright ("xor_causal" has no other name).
     rope_theta: None switches the pair-relative rotation off.
+    rotated: q and k come rotated by their offset in the chunk, as `rope.rotate_rows` does it.
     ValueError for shapes that do not fit and for unknown or unavailable backends.
     """
     if topology is None:
@@ -82,6 +87,17 @@ def butterfly_attention(
     chosen = backend or default_backend(q.device)
     if chosen not in _RUN:
         raise ValueError(f"unknown backend {chosen!r}: choose one of {', '.join(_RUN)}")
+    if not rotated:
+        q, k = (_rotated(x, chunk_size, rope_theta) for x in (q, k))
     return _RUN[chosen](
         q, k, v, stride=stride, topology=topology, chunk_size=chunk_size, rope_theta=rope_theta
     )
+
+
+def _rotated(x: Tensor, chunk_size: int, rope_theta: float | None) -> Tensor:
+    """x (B, N, H, D) rotated by its offsets."""
+    angles = offset_angles(
+        0, *x.shape[:2], chunk_size=chunk_size, head_dim=x.shape[3], theta=rope_theta, dtype=x.dtype,
+        device=x.device,
+    )  # fmt: skip
+    return rotate_rows(x.flatten(0, 1), angles).view(x.shape)

@@ -1,7 +1,8 @@
 """Butterfly attention on plain PyTorch: chunks in the batch dimension of scaled_dot_product_attention.
 
 Runs and trains on CPU and CUDA without Triton. Keys and values of a pair are copied side by side, one
-chunk at a time of workspace per query chunk; nothing of size N x N.
+chunk at a time of workspace per query chunk; nothing of size N x N. Queries and keys come rotated by their
+offset in the chunk.
 
 Shapes: B batch, N characters, C chunks, L characters in a chunk, H query heads, K key-value heads,
 D head size, S ring slots (stride + 1).
@@ -16,26 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from butterfly_llm.ops.rope import rope_table, rotate
+from butterfly_llm.ops.rope import position_table, rotate
 from butterfly_llm.rings import Ring
 from butterfly_llm.routing import Topology, partner_of
-
-
-@lru_cache(maxsize=64)
-def _table(
-    start: int, stop: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Tables of positions start..stop-1, each (stop - start, D)."""
-    with torch.inference_mode(False):
-        cos, sin = rope_table(torch.arange(start, stop, device=device), head_dim, theta, dtype)
-        return cos.squeeze(1), sin.squeeze(1)
-
-
-def rope_rows(
-    chunk_size: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and signed sin (L, D) of the offsets in a chunk, for `rotate`."""
-    return _table(0, chunk_size, head_dim, theta, dtype, device)
 
 
 @lru_cache(maxsize=16)
@@ -82,7 +66,7 @@ def _attend_causal(
     topology: Topology,
     rope_theta: float | None,
 ) -> Tensor:
-    """Chunks first_chunk.. of a causal stream: q (B, C, H, L, D), k and v (B, C, K, L, D), already rotated.
+    """Chunks first_chunk.. of a causal stream: q (B, C, H, L, D), k and v (B, C, K, L, D), rotated.
 
     `history` reads keys and values (B, K, C, L, D) of chunks before first_chunk by their number.
     """
@@ -113,7 +97,7 @@ def _attend_causal(
             k_partner.append(_take(k, from_here))
             v_partner.append(_take(v, from_here))
         # A key at offset j of the partner stands at j - L for the queries of this chunk.
-        back = _table(-chunk_size, 1 - chunk_size, head_dim, rope_theta, q.dtype, q.device)
+        back = position_table(-chunk_size, 1 - chunk_size, head_dim, rope_theta, q.dtype, q.device)
         k_pair = torch.cat([rotate(torch.cat(k_partner, 1), *back), _take(k, with_partner)], 3)
         v_pair = torch.cat([torch.cat(v_partner, 1), _take(v, with_partner)], 3)
         mask = _pair_mask(chunk_size, True, q.device)
@@ -136,8 +120,8 @@ def _attend_bidirectional(
     exists = partner < chunks
     partner = torch.where(exists, partner, chunk)
     k_partner = k.index_select(1, partner)
-    before = _table(-chunk_size, 1 - chunk_size, head_dim, rope_theta, q.dtype, device)
-    after = _table(chunk_size, chunk_size + 1, head_dim, rope_theta, q.dtype, device)
+    before = position_table(-chunk_size, 1 - chunk_size, head_dim, rope_theta, q.dtype, device)
+    after = position_table(chunk_size, chunk_size + 1, head_dim, rope_theta, q.dtype, device)
     earlier = (partner < chunk)[:, None, None, None]
     turned = torch.where(earlier, rotate(k_partner, *before), rotate(k_partner, *after))
     real = (torch.arange(chunks * chunk_size, device=device) < num_chars).view(chunks, chunk_size)
@@ -158,10 +142,8 @@ def butterfly_attention_portable(
     rope_theta: float | None = 10000.0,
 ) -> Tensor:
     """q (B, N, H, D), k and v (B, N, Hkv, D) -> (B, N, H, D)."""
-    num_chars, head_dim = q.shape[1], q.shape[3]
-    table = _table(0, chunk_size, head_dim, rope_theta, q.dtype, q.device)
+    num_chars = q.shape[1]
     q, k, v = (_to_chunks(x, chunk_size) for x in (q, k, v))
-    q, k = rotate(q, *table), rotate(k, *table)
     if topology == "xor":
         y = _attend_bidirectional(q, k, v, num_chars, stride, rope_theta)
     else:
@@ -182,15 +164,12 @@ def prefill_attention(
 ) -> Tensor:
     """Attention of the characters `position`.. of a stream, whose keys and values are appended to the rings.
 
-    q (B, T, H, D), k and v (B, T, K, D); rings of keys (rotated by their offset) and values, windows
-    (B, K, S, L, D), updated in place. Returns (B, T, H, D).
+    q (B, T, H, D), k and v (B, T, K, D); rings of keys and values, windows (B, K, S, L, D), updated in place.
+    Returns (B, T, H, D).
     """
-    num_chars, head_dim = q.shape[1], q.shape[3]
-    chunk_size = rings[0].window.shape[3]
+    num_chars, chunk_size = q.shape[1], rings[0].window.shape[3]
     first_chunk, front = divmod(position, chunk_size)
-    table = _table(0, chunk_size, head_dim, rope_theta, q.dtype, q.device)
     q, k, v = (_to_chunks(x, chunk_size, front) for x in (q, k, v))
-    q, k = rotate(q, *table), rotate(k, *table)
     if front:
         for x, ring in zip((k, v), rings, strict=True):
             x[:, 0, :, :front] = ring.read([first_chunk])[:, :, 0, :front]
@@ -202,6 +181,13 @@ def prefill_attention(
     for x, ring in zip((k, v), rings, strict=True):
         ring.write(first_chunk, x.transpose(1, 2))
     return y.transpose(2, 3).flatten(1, 2)[:, front : front + num_chars]
+
+
+def _against_both(q: Tensor, num_kv_heads: int, chunk_size: int, rope_theta: float | None) -> Tensor:
+    """q (B, H, D) -> (B, K, 2, H / K, D): for the own chunk, and turned by a whole one for the partner."""
+    q = q.view(len(q), num_kv_heads, -1, q.shape[-1])
+    further = position_table(chunk_size, chunk_size + 1, q.shape[-1], rope_theta, q.dtype, q.device)
+    return torch.stack([q, rotate(q, *further)], 2)
 
 
 def step_attention(
@@ -224,11 +210,8 @@ def step_attention(
     slots, chunk_size = ring[0].shape[2:4]
     chunk, offset = divmod(position, chunk_size)
     slot = chunk % slots
-    cos, sin = _table(0, 2 * chunk_size, head_dim, rope_theta, q.dtype, q.device)
-    # Own chunk: the query turns by its offset; partner: by one chunk more.
-    q = q.view(batch, num_kv_heads, 1, num_heads // num_kv_heads, head_dim)
-    both = rotate(q, cos[offset::chunk_size, None], sin[offset::chunk_size, None])  # (B, K, 2, H / K, D)
-    ring[0][:, :, slot, offset] = rotate(k, cos[offset], sin[offset])
+    both = _against_both(q, num_kv_heads, chunk_size, rope_theta)  # (B, K, 2, H / K, D)
+    ring[0][:, :, slot, offset] = k
     ring[1][:, :, slot, offset] = v
 
     # With stride + 1 slots the partner c - stride lies in the slot after that of c, around the ring.
@@ -272,11 +255,8 @@ def step_attention_each(
     row = torch.arange(batch, device=q.device)
     chunk, offset = position // chunk_size, position % chunk_size
     slot = chunk % slots
-    cos, sin = _table(0, 2 * chunk_size, head_dim, rope_theta, q.dtype, q.device)
-    at = torch.stack([offset, offset + chunk_size], 1)  # against the own chunk, against the partner
-    q = q.view(batch, num_kv_heads, 1, -1, head_dim)
-    both = rotate(q, cos[at][:, None, :, None], sin[at][:, None, :, None])  # (B, K, 2, H / K, D)
-    ring[0][row, :, slot, offset] = rotate(k, cos[offset, None], sin[offset, None]).to(ring[0].dtype)
+    both = _against_both(q, num_kv_heads, chunk_size, rope_theta)  # (B, K, 2, H / K, D)
+    ring[0][row, :, slot, offset] = k.to(ring[0].dtype)
     ring[1][row, :, slot, offset] = v.to(ring[1].dtype)
 
     pair = torch.stack([slot, (slot + 1) % slots], 1)

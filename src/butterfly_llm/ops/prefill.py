@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from butterfly_llm.ops.portable import prefill_attention, rope_rows
-from butterfly_llm.ops.rope import rotate
+from butterfly_llm.ops.portable import prefill_attention
 from butterfly_llm.rings import Ring
 from butterfly_llm.routing import Topology
 
@@ -47,28 +46,24 @@ def prefill_attention_whole(
             q, k, v, rings, position=position, stride=stride, topology=topology, rope_theta=rope_theta
         )
     before = 0 if alone else count
-    cos, sin = rope_rows(chunk_size, head_dim, rope_theta, k.dtype, k.device)
 
-    def joined(x: Tensor, ring: Ring, turned: bool) -> Tensor:
+    def joined(x: Tensor, ring: Ring) -> Tensor:
         """x (B, T, K, D) behind the partners and the characters of its first chunk that are in the ring."""
         parts = []
         if before:
             parts.append(ring.read(range(first - stride, first - stride + before)))  # (B, K, C, L, D)
         if front:
             parts.append(ring.read([first])[..., :front, :])
-        parts = [rotate(part, cos[: part.shape[-2]], -sin[: part.shape[-2]]) if turned else part
-                 for part in (part.to(x.dtype) for part in parts)]  # fmt: skip
-        return torch.cat([*(part.permute(0, 2, 3, 1, 4).flatten(1, 2) for part in parts), x], 1)
+        return torch.cat([*(part.to(x.dtype).permute(0, 2, 3, 1, 4).flatten(1, 2) for part in parts), x], 1)
 
-    rotates = rope_theta is not None
-    k_all, v_all = joined(k, rings[0], rotates), joined(v, rings[1], False)
+    k_all, v_all = joined(k, rings[0]), joined(v, rings[1])
     added = k_all.shape[1] - num_chars
     q_all = F.pad(q, (0, 0, 0, 0, added, 0)) if added else q
     y = attend(q_all, k_all, v_all, before or stride)[:, added:]
 
     own = added - front
-    for x, ring, turned in ((k_all, rings[0], rotates), (v_all, rings[1], False)):
+    for x, ring in ((k_all, rings[0]), (v_all, rings[1])):
         x = F.pad(x[:, own:], (0, 0, 0, 0, 0, -(front + num_chars) % chunk_size))
         x = x.view(len(x), chunks, chunk_size, -1, head_dim).permute(0, 3, 1, 2, 4)  # (B, K, C, L, D)
-        ring.write(first, rotate(x, cos, sin) if turned else x)
+        ring.write(first, x)
     return y

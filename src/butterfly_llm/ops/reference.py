@@ -21,8 +21,12 @@ def butterfly_attention_reference(
     topology: Topology = "shift",
     chunk_size: int = 128,
     rope_theta: float | None = 10000.0,
+    rotated: bool = False,
 ) -> Tensor:
-    """q (B, N, H, D), k and v (B, N, Hkv, D) -> (B, N, H, D). O(N^2) time and memory."""
+    """q (B, N, H, D), k and v (B, N, Hkv, D) -> (B, N, H, D). O(N^2) time and memory.
+
+    rotated: q and k come rotated by their offset in the chunk.
+    """
     num_chars, num_heads, head_dim = q.shape[1:]
     group = num_heads // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
@@ -36,14 +40,15 @@ def butterfly_attention_reference(
     across = partner[:, None] == chunk[None, :]
 
     # The partner counts as the chunk just before, or just after when it lies later.
-    query_offset = offset + chunk_size * torch.sign(chunk - partner)
+    turn = torch.zeros_like(offset) if rotated else offset
+    further = turn + chunk_size * torch.sign(chunk - partner)
     scores = [
         torch.einsum(
             "bqhd,bkhd->bhqk",
-            rotate(q, *rope_table(query_position, head_dim, rope_theta, q.dtype)),
-            rotate(k, *rope_table(offset, head_dim, rope_theta, q.dtype)),
+            rotate(q, *rope_table(query_turn, head_dim, rope_theta, q.dtype)),
+            rotate(k, *rope_table(turn, head_dim, rope_theta, q.dtype)),
         )
-        for query_position in (offset, query_offset)
+        for query_turn in (turn, further)
     ]
     visible = torch.where(own, scores[0], scores[1]) / head_dim**0.5
     weights = visible.masked_fill(~(own | across), float("-inf")).softmax(-1)  # (B, H, N, N)

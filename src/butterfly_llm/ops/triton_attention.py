@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -56,44 +56,35 @@ class Tiles:
     registers: int | None = None  # the most a thread may use; None: what the compiler finds best
 
 
+_HOPPER: dict[Pass, Tiles] = {
+    "forward": Tiles(64, 64, 4, 3, 128),
+    "query_gradient": Tiles(64, 64, 4, 1, 128),
+    "key_gradient": Tiles(64, 64, 4, 1),
+}
 FORCED_TILES: dict[Pass, Tiles] = {}
 """Overrides the table below, for measurements."""
 
 
-@dataclass(frozen=True)
-class ChunkTiles:
-    """How the forward kernel that takes whole chunks cuts its work."""
-
-    split: int = 2  # tiles of queries in a chunk
-    num_warps: int = 4
-    own: int = 2  # blocks of keys in the own chunk
-    far: int = 1  # blocks of keys in the partner
-    registers: int | None = None  # the most a thread may use; None: what the compiler finds best
-
-
-CHUNK_FORWARD: ChunkTiles | None = None
-"""Run the kernel of `triton_chunk_kernels` where it fits. None: the tiled one, measured to be as fast."""
-TURNED = False
-"""For measurements: queries and keys come rotated by their offsets in the chunk, their gradients leave so."""
-
-
-def tiles(which: Pass, dtype: torch.dtype, chunk_size: int, shared_limit: int) -> Tiles:
+def tiles(which: Pass, dtype: torch.dtype, head_dim: int, chunk_size: int, shared_limit: int) -> Tiles:
     """Tile sizes of one kernel on a card with `shared_limit` bytes of shared memory per block.
 
-    Chosen so that nothing spills and three or more programs share a Hopper multiprocessor. Cards without
-    Hopper's matrix instructions, known here by their smaller shared memory, keep operands in registers.
+    Those of Hopper, for heads up to 64, are the fastest of a measured sweep (docs/kernels.md); the others are
+    chosen so that nothing or little spills. Cards without Hopper's matrix instructions, known here by their
+    smaller shared memory, keep operands in registers.
     """
     if which in FORCED_TILES:
         return FORCED_TILES[which]
     if dtype == torch.float32:  # exact products, without tensor cores
         chosen = Tiles(32, 32, 4, 1) if which == "forward" else Tiles(16, 16, 4, 1)
     elif shared_limit < 200 * 1024:
-        chosen = Tiles(32, 32, 4, 1)
-    else:
+        large = which == "forward" and shared_limit >= 99 * 1024
+        chosen = Tiles(64, 64 if head_dim <= 64 else 32, 4, 2) if large else Tiles(32, 32, 4, 1)
+    elif head_dim > 64:
         chosen = Tiles(32 if which == "key_gradient" else 64, 64, 4, 1)
-    return Tiles(
-        min(chosen.block_m, chunk_size), min(chosen.block_n, chunk_size), chosen.num_warps, chosen.num_stages
-    )
+    else:
+        chosen = _HOPPER[which]
+    m, n = min(chosen.block_m, chunk_size), min(chosen.block_n, chunk_size)
+    return replace(chosen, block_m=m, block_n=n)
 
 
 @functools.lru_cache(maxsize=16)
@@ -108,21 +99,13 @@ def _shared_limit(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
 
 
-def _takes_chunks(x: Tensor) -> bool:
-    """Whether two programs that hold the keys and values of a pair fit on one multiprocessor."""
-    fits = x.element_size() == 2 and x.shape[3] <= 64 and _shared_limit(x.device) >= 160 * 1024
-    return fits or _interpreted()
-
-
 @functools.lru_cache(maxsize=16)
-def rope_angles(
-    chunk_size: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """cos and sin (2, 3 * chunk_size, D / 2) of the positions -chunk_size..2 * chunk_size - 1."""
+def _chunk_turn(chunk_size: int, head_dim: int, theta: float | None, device: torch.device) -> Tensor:
+    """cos and sin (2, D / 2) float32 of a whole chunk."""
     with torch.inference_mode(False):
-        positions = torch.arange(-chunk_size, 2 * chunk_size, device=device)
-        cos, sin = rope_table(positions, head_dim, theta, torch.float32)
-        return torch.stack([cos[:, 0, head_dim // 2 :], sin[:, 0, head_dim // 2 :]]).to(dtype).contiguous()
+        at = torch.tensor([chunk_size], device=device)
+        cos, sin = rope_table(at, head_dim, theta, torch.float32)
+        return torch.stack([cos[0, 0, head_dim // 2 :], sin[0, 0, head_dim // 2 :]]).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -148,11 +131,11 @@ def _launch(
     rope_theta: float | None,
 ) -> None:
     """Run one kernel over every (block, head, batch). `strided` are the tensors whose strides it takes."""
-    from butterfly_llm.ops import triton_kernels, triton_turned_kernels
+    from butterfly_llm.ops import triton_kernels
 
     batch, length, num_heads, num_kv_heads, head_dim = shape
     device, dtype = tensors[0].device, tensors[0].dtype
-    cut = tiles(which, dtype, chunk_size, _shared_limit(device))
+    cut = tiles(which, dtype, head_dim, chunk_size, _shared_limit(device))
     num_chunks = -(-length // chunk_size)
     # Chunks one stride apart are numbered side by side: `step` rows of `turns` slots, some past the end.
     step = stride if stride < num_chunks else 1
@@ -160,17 +143,11 @@ def _launch(
     over_keys = which == "key_gradient"
     blocks = chunk_size // (cut.block_n if over_keys else cut.block_m)
     programs = batch * turns * step * blocks * (num_kv_heads if over_keys else num_heads)
-    constants: dict[str, Any]
-    if TURNED and rope_theta is not None:
-        kernel = getattr(triton_turned_kernels, f"turned_{which}_kernel")
-        constants = {"WHOLE": length % chunk_size == 0, "STAGES": cut.num_stages}
-    else:
-        kernel = getattr(triton_kernels, f"{which}_kernel")
-        constants = {"ROTATE": rope_theta is not None}
+    kernel = getattr(triton_kernels, f"{which}_kernel")
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             *tensors,
-            rope_angles(chunk_size, head_dim, rope_theta, torch.float32, device),
+            _chunk_turn(chunk_size, head_dim, rope_theta, device),
             *_strides(strided),
             length,
             num_chunks,
@@ -185,56 +162,10 @@ def _launch(
             BLOCK_N=cut.block_n,
             SCALE=head_dim**-0.5 * math.log2(math.e),
             TOPOLOGY=topology,
-            **constants,
+            WHOLE=length % chunk_size == 0,
+            STAGES=cut.num_stages,
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
-            **({"maxnreg": cut.registers} if cut.registers else {}),
-        )
-
-
-def _launch_chunks(
-    cut: ChunkTiles,
-    tensors: list[Tensor],
-    shape: tuple[int, int, int, int, int],
-    *,
-    stride: int,
-    topology: str,
-    chunk_size: int,
-    rope_theta: float | None,
-) -> None:
-    """The forward pass, one program for every (chunk, head, batch). tensors: q, k, v, o, lse."""
-    from butterfly_llm.ops.triton_chunk_kernels import chunk_forward_kernel
-
-    batch, length, num_heads, num_kv_heads, head_dim = shape
-    device = tensors[0].device
-    # Half precision of the angles, 2**-12, is below the rounding of 16-bit inputs.
-    angles = torch.float32 if tensors[0].dtype == torch.float32 else torch.float16
-    num_chunks = -(-length // chunk_size)
-    step = stride if stride < num_chunks else 1
-    turns = -(-num_chunks // step)
-    with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
-        chunk_forward_kernel[(batch * turns * step * num_heads,)](
-            *tensors,
-            rope_angles(chunk_size, head_dim, rope_theta, angles, device),
-            *_strides(tensors[:3]),
-            length,
-            num_chunks,
-            min(stride, _NO_STRIDE),
-            turns,
-            step,
-            HEADS=num_heads,
-            GROUP=num_heads // num_kv_heads,
-            D=head_dim,
-            CHUNK=chunk_size,
-            SPLIT=min(cut.split, chunk_size // 16),
-            OWN=min(cut.own, chunk_size // 16),
-            FAR=min(cut.far, chunk_size // 16),
-            SCALE=head_dim**-0.5 * math.log2(math.e),
-            TOPOLOGY=topology,
-            ROTATE=0 if rope_theta is None else 2 if TURNED else 1,
-            WHOLE=length % chunk_size == 0,
-            num_warps=cut.num_warps,
-            num_stages=1,
             **({"maxnreg": cut.registers} if cut.registers else {}),
         )
 
@@ -252,10 +183,7 @@ def _forward(
     options: dict[str, Any] = {
         "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
     }  # fmt: skip
-    if CHUNK_FORWARD is not None and _takes_chunks(q):
-        _launch_chunks(CHUNK_FORWARD, [q, k, v, o, lse], shape, **options)
-    else:
-        _launch("forward", [q, k, v, o, lse], [q, k, v], shape, **options)
+    _launch("forward", [q, k, v, o, lse], [q, k, v], shape, **options)
     return o, lse
 
 
@@ -342,7 +270,8 @@ def butterfly_attention_triton(
 ) -> Tensor:
     """q (B, N, H, D), k and v (B, N, K, D) -> (B, N, H, D) contiguous; differentiable once, deterministic.
 
-    Scores, softmax and sums are float32; rotated operands and weights are rounded to the input's dtype.
+    q and k come rotated by their offset in the chunk. Scores, softmax and sums are float32; queries turned
+    further and weights are rounded to the input's dtype.
     Views with adjacent head elements, such as slices of a fused projection, are read in place.
     ImportError without Triton; ValueError for a device, dtype, head or chunk size that has no kernel.
     """

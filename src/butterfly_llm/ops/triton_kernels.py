@@ -1,14 +1,15 @@
 # mypy: ignore-errors
 """Triton kernels of butterfly attention, launched by `triton_attention`. Importing this needs Triton.
 
-Legend: c own chunk, p its partner, r its reader (the chunk whose partner it is), s the one of the two that a
-loop step works on; i query offset in its chunk, j key offset in its chunk; `shift` the relative position of
-chunk s, whatever the stride: 0 for the own chunk, -CHUNK for an earlier one, +CHUNK for a later one. With it
-one causal rule serves both chunks of a pair, and each kernel is a single loop over the blocks of the two.
+Queries and keys come rotated by their offset in the chunk. So keys need nothing and go from memory to the
+matrix units by asynchronous copies, blocks ahead; against the partner a query turns by one whole chunk more.
 
-Every tile that is rotated is held as two halves of the head, so a rotation needs no exchange between lanes
-and a score is the sum of two products. Row indices inside a chunk are int32, everything above them int64.
-Programs are numbered so that chunks one stride apart run side by side: what they share comes from L2.
+Legend: c own chunk, p its partner, r its reader (the chunk whose partner it is); i query offset in its chunk,
+j key offset in its chunk; `side` 1.0 where the query lies after the other chunk of the pair, -1.0 before it.
+`table` (2, D / 2) float32: cos and sin of a whole chunk.
+
+Row indices inside a chunk are int32, everything above them int64. Programs are numbered so that chunks one
+stride apart run side by side: what they share comes from L2.
 """
 
 import triton
@@ -67,53 +68,22 @@ def _chunk_pointer(x_ptr, batch, head, chunk, stride_b, stride_n, stride_h, CHUN
 
 
 @triton.jit
-def _load(x_ptr, stride_n, rows, left, D: tl.constexpr):
-    """(rows, D) of a chunk; zero where the sequence has ended."""
+def _read(x_ptr, stride_n, rows, left, D: tl.constexpr, WHOLE: tl.constexpr):
+    """(rows, D) of a chunk; zero past the end of the sequence, unless every chunk is WHOLE."""
     x_ptrs = x_ptr + rows[:, None] * stride_n + tl.arange(0, D)[None, :]
+    if WHOLE:
+        return tl.load(x_ptrs)
     return tl.load(x_ptrs, mask=rows[:, None] < left, other=0.0)
 
 
 @triton.jit
-def _load_rotated(
-    x_ptr, stride_n, rows, left, table_ptr, shift,
-    CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """Both halves (rows, HALF) of a chunk's rows, rotated by rows + shift in float32, in their own dtype.
-
-    The table (2, 3 * CHUNK, HALF) float32 holds cos and sin and starts at position -CHUNK.
-    """
-    x1 = _load(x_ptr, stride_n, rows, left, HALF)
-    x2 = _load(x_ptr + HALF, stride_n, rows, left, HALF)
-    if ROTATE:
-        entries = table_ptr + (rows + shift + CHUNK)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-        cos = tl.load(entries)
-        sin = tl.load(entries + 3 * CHUNK * HALF)
-        y1 = x1.to(tl.float32) * cos - x2.to(tl.float32) * sin
-        y2 = x2.to(tl.float32) * cos + x1.to(tl.float32) * sin
-        x1 = y1.to(x1.dtype)
-        x2 = y2.to(x2.dtype)
-    return x1, x2
-
-
-@triton.jit
-def _store_unrotated(
-    x_ptr, stride_n, rows, left, x1, x2, table_ptr,
-    CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """Stores both halves of a gradient, turned back by rows."""
-    y1 = x1
-    y2 = x2
-    if ROTATE:
-        # ".ca" is the default caching. Naming it keeps the compiler from merging these loads with equal ones
-        # ahead of the loop, which would hold the angles in registers all through it.
-        entries = table_ptr + (rows + CHUNK)[:, None] * HALF + tl.arange(0, HALF)[None, :]
-        cos = tl.load(entries, cache_modifier=".ca")
-        sin = tl.load(entries + 3 * CHUNK * HALF, cache_modifier=".ca")
-        y1 = x1 * cos + x2 * sin
-        y2 = x2 * cos - x1 * sin
-    x_ptrs = x_ptr + rows[:, None] * stride_n + tl.arange(0, HALF)[None, :]
-    tl.store(x_ptrs, y1.to(x_ptr.dtype.element_ty), mask=rows[:, None] < left)
-    tl.store(x_ptrs + HALF, y2.to(x_ptr.dtype.element_ty), mask=rows[:, None] < left)
+def _further(x1, x2, table_ptr, side, HALF: tl.constexpr):
+    """Both halves turned by a whole chunk, in float32."""
+    cos = tl.load(table_ptr + tl.arange(0, HALF))[None, :]
+    sin = tl.load(table_ptr + HALF + tl.arange(0, HALF))[None, :] * side
+    x1 = x1.to(tl.float32)
+    x2 = x2.to(tl.float32)
+    return x1 * cos - x2 * sin, x2 * cos + x1 * sin
 
 
 @triton.jit
@@ -126,6 +96,25 @@ def _dot_add(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
+@triton.jit
+def _joined(x1, x2, D: tl.constexpr):
+    """Two halves (rows, D / 2) to (rows, D)."""
+    return tl.reshape(tl.permute(tl.join(x1, x2), (0, 2, 1)), (x1.shape[0], D))
+
+
+@triton.jit
+def _visit(q, k, v, seen, acc, top, total, SCALE: tl.constexpr, MASK: tl.constexpr):
+    """One block of keys into the running softmax."""
+    s = _dot(q, tl.trans(k))
+    if MASK:
+        s = tl.where(seen, s, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, 1) * SCALE)
+    shrink = tl.exp2(top - higher)
+    w = tl.exp2(s * SCALE - higher[:, None])
+    total = total * shrink + tl.sum(w, 1)
+    return _dot_add(w.to(v.dtype), v, acc * shrink[:, None]), higher, total
+
+
 @triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr,
@@ -133,14 +122,15 @@ def forward_kernel(
     length, num_chunks, stride, turns, step,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
-    TOPOLOGY: tl.constexpr, ROTATE: tl.constexpr,
+    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """o (B, N, H, D) and lse (B, H, N), in powers of 2: one program per (query block, head, batch).
 
-    SCALE includes log2(e), here and below.
+    SCALE includes log2(e); WHOLE: CHUNK divides N.
     """
     HALF: tl.constexpr = D // 2
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
+    BOUNDED: tl.constexpr = MUTUAL and not WHOLE
     c, block, head, batch = _place(turns, step, HEADS, CHUNK // BLOCK_M)
     left = length - c * CHUNK
     if (c >= num_chunks) | (block * BLOCK_M >= left):
@@ -148,40 +138,55 @@ def forward_kernel(
     p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
     kv_head = head // GROUP
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
     q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
-    q1, q2 = _load_rotated(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE)
+    k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
+    v_c = _chunk_pointer(v_ptr, batch, kv_head, c, stride_vb, stride_vn, stride_vh, CHUNK)
+    k_p = _chunk_pointer(k_ptr, batch, kv_head, p, stride_kb, stride_kn, stride_kh, CHUNK)
+    v_p = _chunk_pointer(v_ptr, batch, kv_head, p, stride_vb, stride_vn, stride_vh, CHUNK)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
+    q1 = _read(q_c, stride_qn, i, left, HALF, WHOLE)
+    q2 = _read(q_c + HALF, stride_qn, i, left, HALF, WHOLE)
+    y1, y2 = _further(q1, q2, table_ptr, tl.where(p < c, 1.0, -1.0), HALF)
+    turned = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+    p_left = length - p * CHUNK
+    for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_N, num_stages=STAGES):
+        k = _read(k_p, stride_kn, t + j, p_left, D, not BOUNDED)
+        v = _read(v_p, stride_vn, t + j, p_left, D, not BOUNDED)
+        seen = (t + j)[None, :] < p_left
+        acc, top, total = _visit(turned, k, v, seen, acc, top, total, SCALE, BOUNDED)
+
+    q = _read(q_c, stride_qn, i, left, D, WHOLE)
     own_keys = CHUNK if MUTUAL else tl.cdiv((block + 1) * BLOCK_M, BLOCK_N) * BLOCK_N
-    for t in range(0, own_keys + tl.where(exists, CHUNK, 0), BLOCK_N):
-        own = t < own_keys
-        s_chunk = tl.where(own, c, p)
-        shift = tl.where(own, 0, tl.where(p < c, -CHUNK, CHUNK))
-        s_left = length - s_chunk * CHUNK
-        j = tl.where(own, t, t - own_keys) + tl.arange(0, BLOCK_N)
-        k_s = _chunk_pointer(k_ptr, batch, kv_head, s_chunk, stride_kb, stride_kn, stride_kh, CHUNK)
-        v_s = _chunk_pointer(v_ptr, batch, kv_head, s_chunk, stride_vb, stride_vn, stride_vh, CHUNK)
-        k1, k2 = _load_rotated(k_s, stride_kn, j, s_left, table_ptr, shift, CHUNK, HALF, ROTATE)
-        v = _load(v_s, stride_vn, j, s_left, D)
-        s = _dot_add(q2, tl.trans(k2), _dot(q1, tl.trans(k1)))
-        if MUTUAL:
-            s = tl.where(j[None, :] < s_left, s, float("-inf"))
-        else:  # hides keys past the end too, from every real query
-            s = tl.where(i[:, None] >= (j + shift)[None, :], s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1) * SCALE)  # finite: the first block holds a key for every row
-        shrink = tl.exp2(top - higher)
-        w = tl.exp2(s * SCALE - higher[:, None])
-        total = total * shrink + tl.sum(w, 1)
-        acc = _dot_add(w.to(v.dtype), v, acc * shrink[:, None])
-        top = higher
+    for t in tl.range(0, own_keys, BLOCK_N, num_stages=STAGES):
+        k = _read(k_c, stride_kn, t + j, left, D, WHOLE)
+        v = _read(v_c, stride_vn, t + j, left, D, WHOLE)
+        seen = (t + j)[None, :] < left if MUTUAL else i[:, None] >= (t + j)[None, :]
+        acc, top, total = _visit(q, k, v, seen, acc, top, total, SCALE, BOUNDED or not MUTUAL)
 
     row = (batch.to(tl.int64) * length + c * CHUNK) * HEADS + head  # row of (B * N * H, D)
     o_ptrs = o_ptr + row * D + i[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
-    tl.store(o_ptrs, (acc / total[:, None]).to(o_ptr.dtype.element_ty), mask=i[:, None] < left)
+    tl.store(o_ptrs, (acc * (1.0 / total)[:, None]).to(o_ptr.dtype.element_ty), mask=i[:, None] < left)
     lse_row = (batch.to(tl.int64) * HEADS + head) * length + c * CHUNK
     tl.store(lse_ptr + lse_row + i, top + tl.log2(total), mask=i < left)
+
+
+@triton.jit
+def _halves(x, D: tl.constexpr):
+    """(rows, D) to its two halves (rows, D / 2)."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, D // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _score_gradient(q, k, v, do, lse, delta, seen, SCALE: tl.constexpr, MASK: tl.constexpr):
+    """Queries by keys: the gradient of the scores, in the inputs' dtype."""
+    w = tl.exp2(_dot(q, tl.trans(k)) * SCALE - lse[:, None])
+    if MASK:
+        w = tl.where(seen, w, 0.0)
+    return (w * (_dot(do, tl.trans(v)) - delta[:, None])).to(k.dtype)
 
 
 @triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
@@ -192,11 +197,12 @@ def query_gradient_kernel(
     length, num_chunks, stride, turns, step,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
-    TOPOLOGY: tl.constexpr, ROTATE: tl.constexpr,
+    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq (B, N, H, D) and delta = rowsum(do * o) (B, H, N): one program per (query block, head, batch)."""
     HALF: tl.constexpr = D // 2
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
+    BOUNDED: tl.constexpr = MUTUAL and not WHOLE
     c, block, head, batch = _place(turns, step, HEADS, CHUNK // BLOCK_M)
     left = length - c * CHUNK
     if (c >= num_chunks) | (block * BLOCK_M >= left):
@@ -204,45 +210,60 @@ def query_gradient_kernel(
     p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
     kv_head = head // GROUP
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
+    k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
+    v_c = _chunk_pointer(v_ptr, batch, kv_head, c, stride_vb, stride_vn, stride_vh, CHUNK)
+    k_p = _chunk_pointer(k_ptr, batch, kv_head, p, stride_kb, stride_kn, stride_kh, CHUNK)
+    v_p = _chunk_pointer(v_ptr, batch, kv_head, p, stride_vb, stride_vn, stride_vh, CHUNK)
+    do_c = _chunk_pointer(do_ptr, batch, head, c, stride_gb, stride_gn, stride_gh, CHUNK)
     row = (batch.to(tl.int64) * length + c * CHUNK) * HEADS + head  # row of (B * N * H, D)
     lse_row = (batch.to(tl.int64) * HEADS + head) * length + c * CHUNK
-    do_c = _chunk_pointer(do_ptr, batch, head, c, stride_gb, stride_gn, stride_gh, CHUNK)
-    do = _load(do_c, stride_gn, i, left, D)
-    o = _load(o_ptr + row * D, HEADS * D, i, left, D)
+    do = _read(do_c, stride_gn, i, left, D, WHOLE)
+    o = _read(o_ptr + row * D, HEADS * D, i, left, D, WHOLE)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta_ptr + lse_row + i, delta, mask=i < left)
     lse = tl.load(lse_ptr + lse_row + i, mask=i < left, other=0.0)
-    q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
-    q1, q2 = _load_rotated(q_c, stride_qn, i, left, table_ptr, 0, CHUNK, HALF, ROTATE)
-    dq1 = tl.zeros([BLOCK_M, HALF], tl.float32)
-    dq2 = tl.zeros([BLOCK_M, HALF], tl.float32)
 
+    side = tl.where(p < c, 1.0, -1.0)
+    p_left = length - p * CHUNK
+    q1 = _read(q_c, stride_qn, i, left, HALF, WHOLE)
+    q2 = _read(q_c + HALF, stride_qn, i, left, HALF, WHOLE)
+    y1, y2 = _further(q1, q2, table_ptr, side, HALF)
+    turned = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+    dq = tl.zeros([BLOCK_M, D], tl.float32)
+    for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_N, num_stages=STAGES):
+        k = _read(k_p, stride_kn, t + j, p_left, D, not BOUNDED)
+        v = _read(v_p, stride_vn, t + j, p_left, D, not BOUNDED)
+        seen = (t + j)[None, :] < p_left
+        ds = _score_gradient(turned, k, v, do, lse, delta, seen, SCALE, BOUNDED)
+        dq = _dot_add(ds, k, dq)
+    y1, y2 = _halves(dq, D)
+    y1, y2 = _further(y1, y2, table_ptr, -side, HALF)
+    dq = _joined(y1, y2, D)
+
+    q = _read(q_c, stride_qn, i, left, D, WHOLE)
     own_keys = CHUNK if MUTUAL else tl.cdiv((block + 1) * BLOCK_M, BLOCK_N) * BLOCK_N
-    for t in range(0, own_keys + tl.where(exists, CHUNK, 0), BLOCK_N):
-        own = t < own_keys
-        s_chunk = tl.where(own, c, p)
-        shift = tl.where(own, 0, tl.where(p < c, -CHUNK, CHUNK))
-        s_left = length - s_chunk * CHUNK
-        j = tl.where(own, t, t - own_keys) + tl.arange(0, BLOCK_N)
-        k_s = _chunk_pointer(k_ptr, batch, kv_head, s_chunk, stride_kb, stride_kn, stride_kh, CHUNK)
-        v_s = _chunk_pointer(v_ptr, batch, kv_head, s_chunk, stride_vb, stride_vn, stride_vh, CHUNK)
-        k1, k2 = _load_rotated(k_s, stride_kn, j, s_left, table_ptr, shift, CHUNK, HALF, ROTATE)
-        v = _load(v_s, stride_vn, j, s_left, D)
-        s = _dot_add(q2, tl.trans(k2), _dot(q1, tl.trans(k1)))
-        w = tl.exp2(s * SCALE - lse[:, None])
-        if MUTUAL:
-            w = tl.where(j[None, :] < s_left, w, 0.0)
-        else:
-            w = tl.where(i[:, None] >= (j + shift)[None, :], w, 0.0)
-        dw = _dot(do, tl.trans(v))
-        ds = (w * (dw - delta[:, None])).to(k1.dtype)
-        dq1 = _dot_add(ds, k1, dq1)
-        dq2 = _dot_add(ds, k2, dq2)
+    for t in tl.range(0, own_keys, BLOCK_N, num_stages=STAGES):
+        k = _read(k_c, stride_kn, t + j, left, D, WHOLE)
+        v = _read(v_c, stride_vn, t + j, left, D, WHOLE)
+        seen = (t + j)[None, :] < left if MUTUAL else i[:, None] >= (t + j)[None, :]
+        ds = _score_gradient(q, k, v, do, lse, delta, seen, SCALE, BOUNDED or not MUTUAL)
+        dq = _dot_add(ds, k, dq)
+    x_ptrs = dq_ptr + row * D + i[:, None] * (HEADS * D) + tl.arange(0, D)[None, :]
+    dq = dq * (SCALE * 0.6931471805599453)
+    tl.store(x_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=i[:, None] < left)
 
-    scale: tl.constexpr = SCALE * 0.6931471805599453
-    _store_unrotated(
-        dq_ptr + row * D, HEADS * D, i, left, dq1 * scale, dq2 * scale, table_ptr, CHUNK, HALF, ROTATE
-    )
+
+@triton.jit
+def _key_side(k, v, q, do, lse, delta, seen, dk, dv, SCALE: tl.constexpr, MASK: tl.constexpr):
+    """Keys by queries: what one block adds to dk and dv."""
+    w = tl.exp2(_dot(k, tl.trans(q)) * SCALE - lse[None, :])
+    if MASK:
+        w = tl.where(seen, w, 0.0)
+    dv = _dot_add(w.to(do.dtype), do, dv)
+    ds = (w * (_dot(v, tl.trans(do)) - delta[None, :])).to(q.dtype)
+    return _dot_add(ds, q, dk), dv
 
 
 @triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
@@ -253,7 +274,7 @@ def key_gradient_kernel(
     length, num_chunks, stride, turns, step,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
-    TOPOLOGY: tl.constexpr, ROTATE: tl.constexpr,
+    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (B, N, Hkv, D): one program per (key block, head, batch) gathers from its two readers.
 
@@ -267,47 +288,42 @@ def key_gradient_kernel(
     if (c >= num_chunks) | (block * BLOCK_N >= left):
         return
     r, exists = _reader(c, stride, num_chunks, TOPOLOGY)
+    r_left = length - r * CHUNK
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
     v_c = _chunk_pointer(v_ptr, batch, kv_head, c, stride_vb, stride_vn, stride_vh, CHUNK)
-    k1, k2 = _load_rotated(k_c, stride_kn, j, left, table_ptr, 0, CHUNK, HALF, ROTATE)
-    v = _load(v_c, stride_vn, j, left, D)
-    dk1 = tl.zeros([BLOCK_N, HALF], tl.float32)
-    dk2 = tl.zeros([BLOCK_N, HALF], tl.float32)
+    k = _read(k_c, stride_kn, j, left, D, WHOLE)
+    v = _read(v_c, stride_vn, j, left, D, WHOLE)
+    dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
-
     begin = 0 if MUTUAL else block * BLOCK_N // BLOCK_M * BLOCK_M  # earlier queries do not see these keys
-    own_queries = CHUNK - begin
-    queries = own_queries + tl.where(exists, CHUNK, 0)  # of one head
-    for t in range(0, queries * GROUP, BLOCK_M):
-        head = kv_head * GROUP + t // queries
-        u = t % queries
-        own = u < own_queries
-        s_chunk = tl.where(own, c, r)
-        shift = tl.where(own, 0, tl.where(r < c, -CHUNK, CHUNK))
-        s_left = length - s_chunk * CHUNK
-        i = tl.where(own, begin + u, u - own_queries) + tl.arange(0, BLOCK_M)
-        q_s = _chunk_pointer(q_ptr, batch, head, s_chunk, stride_qb, stride_qn, stride_qh, CHUNK)
-        do_s = _chunk_pointer(do_ptr, batch, head, s_chunk, stride_gb, stride_gn, stride_gh, CHUNK)
-        lse_row = (batch.to(tl.int64) * HEADS + head) * length + s_chunk * CHUNK
-        q1, q2 = _load_rotated(q_s, stride_qn, i, s_left, table_ptr, shift, CHUNK, HALF, ROTATE)
-        do = _load(do_s, stride_gn, i, s_left, D)
-        lse = tl.load(lse_ptr + lse_row + i, mask=i < s_left, other=0.0)
-        delta = tl.load(delta_ptr + lse_row + i, mask=i < s_left, other=0.0)
-        s = _dot_add(k2, tl.trans(q2), _dot(k1, tl.trans(q1)))  # (keys, queries)
-        w = tl.exp2(s * SCALE - lse[None, :])
-        if not MUTUAL:
-            w = tl.where((i + shift)[None, :] >= j[:, None], w, 0.0)
-        dv = _dot_add(w.to(do.dtype), do, dv)
-        dw = _dot(v, tl.trans(do))
-        ds = (w * (dw - delta[None, :])).to(q1.dtype)
-        dk1 = _dot_add(ds, q1, dk1)
-        dk2 = _dot_add(ds, q2, dk2)
-
-    scale: tl.constexpr = SCALE * 0.6931471805599453
+    for g in range(GROUP):
+        head = kv_head * GROUP + g
+        q_r = _chunk_pointer(q_ptr, batch, head, r, stride_qb, stride_qn, stride_qh, CHUNK)
+        do_r = _chunk_pointer(do_ptr, batch, head, r, stride_gb, stride_gn, stride_gh, CHUNK)
+        first = (batch.to(tl.int64) * HEADS + head) * length
+        for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_M, num_stages=STAGES):
+            i = t + tl.arange(0, BLOCK_M)
+            q1 = _read(q_r, stride_qn, i, r_left, HALF, WHOLE)
+            q2 = _read(q_r + HALF, stride_qn, i, r_left, HALF, WHOLE)
+            y1, y2 = _further(q1, q2, table_ptr, tl.where(r > c, 1.0, -1.0), HALF)
+            q = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+            do = _read(do_r, stride_gn, i, r_left, D, WHOLE)
+            lse = tl.load(lse_ptr + first + r * CHUNK + i, mask=i < r_left, other=0.0)
+            delta = tl.load(delta_ptr + first + r * CHUNK + i, mask=i < r_left, other=0.0)
+            dk, dv = _key_side(k, v, q, do, lse, delta, True, dk, dv, SCALE, False)
+        q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
+        do_c = _chunk_pointer(do_ptr, batch, head, c, stride_gb, stride_gn, stride_gh, CHUNK)
+        for t in tl.range(begin, CHUNK, BLOCK_M, num_stages=STAGES):
+            i = t + tl.arange(0, BLOCK_M)
+            q = _read(q_c, stride_qn, i, left, D, WHOLE)
+            do = _read(do_c, stride_gn, i, left, D, WHOLE)
+            lse = tl.load(lse_ptr + first + c * CHUNK + i, mask=i < left, other=0.0)
+            delta = tl.load(delta_ptr + first + c * CHUNK + i, mask=i < left, other=0.0)
+            seen = i[None, :] >= j[:, None]
+            dk, dv = _key_side(k, v, q, do, lse, delta, seen, dk, dv, SCALE, not MUTUAL)
     row = (batch.to(tl.int64) * length + c * CHUNK) * KV_HEADS + kv_head  # row of (B * N * Hkv, D)
-    _store_unrotated(
-        dk_ptr + row * D, KV_HEADS * D, j, left, dk1 * scale, dk2 * scale, table_ptr, CHUNK, HALF, ROTATE
-    )
-    dv_ptrs = dv_ptr + row * D + j[:, None] * (KV_HEADS * D) + tl.arange(0, D)[None, :]
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=j[:, None] < left)
+    cells = row * D + j[:, None] * (KV_HEADS * D) + tl.arange(0, D)[None, :]
+    dk = dk * (SCALE * 0.6931471805599453)
+    tl.store(dk_ptr + cells, dk.to(dk_ptr.dtype.element_ty), mask=j[:, None] < left)
+    tl.store(dv_ptr + cells, dv.to(dv_ptr.dtype.element_ty), mask=j[:, None] < left)

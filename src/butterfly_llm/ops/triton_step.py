@@ -1,7 +1,8 @@
 """One decoding step on CUDA: a key and a value go into each stream's rings, a query reads two chunks of them.
 
 `butterfly::attention_step` takes the positions as a device tensor, one a stream: a captured CUDA graph can be
-replayed for every character, and the streams of a batch may stand anywhere. Not yet used by the model.
+replayed for every character, and the streams of a batch may stand anywhere. Unlike the other operators it
+takes queries and keys that are not rotated yet: launches are what a step costs, so the kernel does it too.
 
 Shapes: B streams, H query heads, K key-value heads, D head size, L characters in a chunk, S slots of a ring.
 """
@@ -9,12 +10,21 @@ Shapes: B streams, H query heads, K key-value heads, D head size, L characters i
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from butterfly_llm.ops.triton_attention import rope_angles
+from butterfly_llm.ops.rope import position_table
 from butterfly_llm.routing import Topology
+
+
+@lru_cache(maxsize=16)
+def _angle_table(chunk_size: int, head_dim: int, theta: float | None, device: torch.device) -> Tensor:
+    """cos and sin (2, 2 * chunk_size, D / 2) float32 of the positions 0..2 * chunk_size - 1."""
+    with torch.inference_mode(False):
+        cos, sin = position_table(0, 2 * chunk_size, head_dim, theta, torch.float32, device)
+        return torch.stack([cos[:, head_dim // 2 :], sin[:, head_dim // 2 :]]).contiguous()
 
 
 @torch.library.custom_op("butterfly::attention_step", mutates_args=("ring_keys", "ring_values"))
@@ -38,7 +48,7 @@ def _step(
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         step_kernel[(batch * num_kv_heads,)](
             q, k, v, ring_keys, ring_values, position, o,
-            rope_angles(chunk_size, head_dim, rope_theta, torch.float32, q.device),
+            _angle_table(chunk_size, head_dim, rope_theta, q.device),
             *(x.stride(axis) for x in (q, k, v) for axis in range(2)),
             ring_keys.stride(0), ring_values.stride(0), slots, min(stride, 1 << 30),
             KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, D=head_dim, CHUNK=chunk_size,

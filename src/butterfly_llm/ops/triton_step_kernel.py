@@ -10,14 +10,14 @@ import triton.language as tl
 
 @triton.jit
 def _turned_row(x_ptr, table_ptr, position, CHUNK: tl.constexpr, HALF: tl.constexpr, ROTATE: tl.constexpr):
-    """Both halves (HALF,) of a row, float32, turned by its position. The table starts at position -CHUNK."""
+    """Both halves (HALF,) of a row, float32, turned by its position."""
     t = tl.arange(0, HALF)
     x1 = tl.load(x_ptr + t).to(tl.float32)
     x2 = tl.load(x_ptr + HALF + t).to(tl.float32)
     if ROTATE:
-        entries = table_ptr + (position + CHUNK) * HALF + t
+        entries = table_ptr + position * HALF + t
         cos = tl.load(entries)
-        sin = tl.load(entries + 3 * CHUNK * HALF)
+        sin = tl.load(entries + 2 * CHUNK * HALF)
         y1 = x1 * cos - x2 * sin
         x2 = x2 * cos + x1 * sin
         x1 = y1

@@ -27,31 +27,26 @@ def attention_map(model: Butterfly, ids: Tensor, layer: int) -> Tensor:
         raise ValueError(f"layer {layer}: there are 0 to {config.num_layers - 1}")
     if not config.causal:
         raise ValueError(f"routing {config.routing!r} is not causal: its last chunk has no partner before it")
-    seen: list[tuple[Tensor, Tensor | None]] = []
+    seen: list[tuple[Tensor, Tensor | None, Any]] = []
     module = cast(Layer, model.layers[layer])
-    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0], inputs[1])))
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0], inputs[1], inputs[2])))
     try:
         model.hidden(ids[None])
     finally:
         hook.remove()
-    x, memory = seen[0]
-    q, k, _ = module._project(x[0], None if memory is None else memory[0])  # (N, H, D), (N, K, D)
+    x, memory, angles = seen[0]
+    q, k, _ = module._project(x[0], None if memory is None else memory[0], angles)  # (N, H, D), (N, K, D)
     size = config.chunk_size
     chunk = (len(ids) - 1) // size
     partner = partner_of(chunk, model.routes[layer].stride, config.routing)
     q = q[chunk * size :].float()
     own = k[chunk * size :].float()
-    offsets = torch.arange(size, device=q.device)
 
     def scores(keys: Tensor, ahead: int) -> Tensor:
-        """(Q, H, D) against (K, Hkv, D) that lie `ahead` characters before -> (H, Q, K)."""
-
-        def table(at: Tensor) -> tuple[Tensor, Tensor]:
-            return rope_table(at, config.head_dim, config.rope_theta, torch.float32)
-
-        keys = rotate(keys, *table(offsets[: len(keys)]))
+        """(Q, H, D) against (K, Hkv, D) of the chunk `ahead` characters before -> (H, Q, K)."""
         keys = keys.repeat_interleave(config.num_heads // config.num_kv_heads, dim=1)
-        queries = rotate(q, *table(offsets[: len(q)] + ahead))
+        turn = torch.tensor([ahead], device=q.device)
+        queries = rotate(q, *rope_table(turn, config.head_dim, config.rope_theta, torch.float32))
         return cast(Tensor, torch.einsum("qhd,khd->hqk", queries, keys) / config.head_dim**0.5)
 
     future = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).triu(1)
