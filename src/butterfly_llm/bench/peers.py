@@ -40,7 +40,7 @@ from butterfly_llm.twins import RECURRENT, TWINS, build, kernel_error, twin_conf
 MODULE = "butterfly_llm.bench.peers"  # by name: run with -m this file is __main__
 LENGTHS = (8192, 65_536, 262_144, 1_048_576)
 TASKS = ("reading", "training")
-_COMPILERS = 4  # processes that share the compilation of a recurrent twin's kernels
+_COMPILERS = 6  # processes that share the compilation of a recurrent twin's kernels
 _UNCOUNTED_BELOW = 2.0  # seconds: a step expected to be shorter is preceded by one that does not count
 _PER_ROW = 0.5  # seconds that the steps of a row take together, if one is not longer
 
@@ -111,35 +111,57 @@ def prepare(
     facts: dict[str, Any] = {"cuda_graph": graph}
     if device.startswith("cuda"):
         if name in RECURRENT:
-            errors = kernel_error(name, device, torch.bfloat16)
-            facts["kernel_error"] = {part: round(error, 4) for part, error in errors.items()}
-        few_layers = replace(
-            whole, num_local_layers=2, num_passes=min(2, whole.num_passes), num_levels=1, num_extra_levels=0
-        )
-        few = Subject(name, few_layers, device, compiled, graph)
+            _tune_quickly()
+        few = Subject(name, _few_layers(whole), device, compiled, graph)
         ids = torch.randint(0, 256, (1, chars + 1), device=device)
         few.training(ids, True, 1, 0)
         few.forget()
         few.training(ids, False, 1, 0)
         few.reading(ids, 1, 0)
         del few
+        if name in RECURRENT:
+            errors = kernel_error(name, device, torch.bfloat16)
+            facts["kernel_error"] = {part: round(error, 4) for part, error in errors.items()}
     subject = Subject(name, whole, device, compiled, graph)
     subject.forget()
     facts["parameters"] = subject.model.num_parameters()
     return facts | {"prepare_seconds": round(time.perf_counter() - begun, 1)}
 
 
-def compile_share(name: str, device: str, share: int) -> None:
+def _few_layers(config: ButterflyConfig) -> ButterflyConfig:
+    """The same widths, and a layer of every kind."""
+    passes = min(2, config.num_passes)
+    return replace(
+        config, num_local_layers=2, num_passes=passes, num_levels=1, num_extra_levels=0,
+        num_refine_layers=min(1, config.num_refine_layers),
+    )  # fmt: skip
+
+
+def compile_share(name: str, config: dict[str, Any], device: str, chars: int, share: int) -> None:
     """Compile every `_COMPILERS`-th variant of the kernels, beginning with number `share`, into the cache."""
+    _tune_quickly(share)
+    few = Subject(name, _few_layers(ButterflyConfig.from_dict(config)), device, False, False)
+    few.training(torch.randint(0, 256, (1, chars + 1), device=device), True, 1, 0)
+
+
+def _tune_quickly(share: int | None = None) -> None:
+    """Kernels that are imported from here on: shorter trials, and not anew for every length.
+
+    share: of their variants, take only every `_COMPILERS`-th.
+    """
     from triton.runtime.autotuner import Autotuner
+    from triton.testing import do_bench
 
     begin = Autotuner.__init__
 
-    def some(self: Any, fn: Any, arg_names: Any, configs: Any, *rest: Any, **more: Any) -> None:
-        begin(self, fn, arg_names, configs[share::_COMPILERS] or configs[:1], *rest, **more)
+    def changed(self: Any, fn: Any, arg_names: Any, configs: Any, key: Any, *rest: Any, **more: Any) -> None:
+        if share is not None:
+            configs = configs[share::_COMPILERS] or configs[:1]
+        # NB is the number of characters in steps of some 10,000.
+        begin(self, fn, arg_names, configs, [part for part in key if part != "NB"], *rest, **more)
+        self.do_bench = functools.partial(do_bench, warmup=5, rep=25)
 
-    Autotuner.__init__ = some
-    kernel_error(name, device, torch.bfloat16)
+    Autotuner.__init__ = changed
 
 
 def start(
@@ -170,11 +192,13 @@ def start(
     def ready(name: str) -> dict[str, Any]:
         complaints = []
         if name in RECURRENT and on_gpu:
-            shares = [("compile_share", name, device, share) for share in range(_COMPILERS)]
+            workers[name].start()  # what it imports takes a while
+            asked = (name, sizes[name], device, chars)
+            shares = [("compile_share", *asked, share) for share in range(_COMPILERS)]
             complaints = [each for each in all_at_once(MODULE, shares, left() / 2) if each]
         for graph in (True, False) if on_gpu else (False,):
-            asked = (name, sizes[name], device, compiled and on_gpu, graph, chars)
-            found = workers[name].ask(0.7 * left(), "prepare", *asked)
+            options = (compiled and on_gpu, graph, chars)
+            found = workers[name].ask(0.7 * left(), "prepare", name, sizes[name], device, *options)
             if not isinstance(found, str):
                 break
             complaints.append(found)
