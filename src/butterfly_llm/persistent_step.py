@@ -49,7 +49,11 @@ def tiling(rows: int, row_bytes: int, programs: int) -> tuple[int, int]:
     if whole * row_bytes <= 8192 or programs == 1:
         return whole, 1
     return min(
-        ((1 << power, -(-share // (1 << power))) for power in range(6) if -(-share // (1 << power)) <= 4),
+        (
+            (1 << power, -(-share // (1 << power)))
+            for power in range(6)
+            if -(-share // (1 << power)) in (1, 3)
+        ),
         key=lambda tile: (tile[0] * tile[1], tile[1]),
     )
 
@@ -64,10 +68,9 @@ class PersistentStep:
         *,
         programs: int | None = None,
         num_warps: int | None = None,
-        splits: int = 4,
-        copies: int = 1,
+        splits: int = 2,
         fetch: bool | None = None,
-        empty: bool = False,
+        pause: int = 0,
     ) -> None:
         """ValueError for what `unsupported` names."""
         config = model.config
@@ -77,12 +80,15 @@ class PersistentStep:
             raise ValueError(f"persistent step: {reason}")
         self.model, self.cache, self.config = model, cache, config
         on_gpu = keys.device.type == "cuda"
+        wide = config.hidden_size > 512
         if programs is None:
             programs = torch.cuda.get_device_properties(keys.device).multi_processor_count if on_gpu else 1
+            # What takes the time in narrow layers is how many ask for the same words.
+            programs = programs if wide else min(64, programs)
         self.programs = programs
-        self.num_warps = num_warps or (4 if config.hidden_size <= 512 else 8)
+        self.num_warps = num_warps or (8 if wide else 4)
         if fetch is None:
-            fetch = on_gpu and torch.cuda.get_device_capability(keys.device) >= (9, 0)
+            fetch = not wide and on_gpu and torch.cuda.get_device_capability(keys.device) >= (9, 0)
         dtype, width, carry = model.compute_dtype, config.hidden_size, config.carry_size
         self.embed = model.embed.weight.detach().to(dtype).contiguous()
         self.weights = self._matrices().to(dtype)
@@ -92,8 +98,8 @@ class PersistentStep:
         queries = config.num_heads * config.head_dim
         qkv = queries + 2 * config.num_kv_heads * config.head_dim
         layer_words = 2 * width + qkv + splits * (queries + config.num_heads) + config.intermediate_size
-        self.copy = (len(model.routes) + 1) * layer_words + scans * carry
-        self.words = torch.zeros(copies, self.copy, dtype=torch.int64, device=keys.device)
+        words = (len(model.routes) + 1) * layer_words + scans * carry
+        self.words = torch.full((2, words), -1, dtype=torch.int32, device=keys.device)
         self.launch = torch.zeros(1, dtype=torch.int32, device=keys.device)
         self.logits = torch.empty(1, config.vocab_size, dtype=torch.float32, device=keys.device)
         positions = torch.arange(2 * config.chunk_size)
@@ -124,11 +130,10 @@ class PersistentStep:
             "COLUMNS": self.table.shape[1],
             "CARRY_R": 1 << (-(-max(carry, 1) // programs) - 1).bit_length(),
             "HEAD_R": 1 << (-(-config.vocab_size // programs) - 1).bit_length(),
-            "COPIES": copies,
             "FETCH": fetch,
             "WAIT": on_gpu,
+            "PAUSE": pause,
             "THREADS": 32 * self.num_warps,
-            "EMPTY": empty,
         }
 
     def _matrices(self) -> Tensor:
@@ -173,13 +178,14 @@ class PersistentStep:
     def _table(self) -> tuple[Tensor, int]:
         """A row of each layer, and how many scans there are: number 0 is empty, then in their order.
 
-        Elements from the first ring to those of keys, values and carry; slots; stride; the scan that is
-        read; the one that the merge gives, 0 for none; the pass that is written and its scan, 0 for none.
+        From the first ring to those of keys, values and carry, in units of 16 elements; slots; stride; the
+        scan that is read; the one that the merge gives, 0 for none; the pass that is written and its scan,
+        0 for none.
         """
         first = self.cache.keys[0]
 
         def place(ring: Tensor | None) -> int:
-            return 0 if ring is None else (ring.data_ptr() - first.data_ptr()) // first.itemsize
+            return 0 if ring is None else (ring.data_ptr() - first.data_ptr()) // (16 * first.itemsize)
 
         rows, scans, finished = [], 1, 0
         has_carry = len(self.model.writes) > 0
@@ -208,6 +214,7 @@ class PersistentStep:
                     written,
                 ]
             )
+        rows.append([0] * len(rows[0]))  # each layer loads the row of the next
         return torch.tensor(rows, dtype=torch.int64), scans
 
     @torch.inference_mode()
@@ -219,7 +226,7 @@ class PersistentStep:
         with torch.cuda.device_of(ids):  # type: ignore[no-untyped-call]
             persistent_kernel[(self.programs,)](
                 ids, positions, self.launch, self.table, self.weights, self.vectors, self.embed, self.turns,
-                self.cache.keys[0], self.words, self.logits, len(self.model.routes), self.copy,
+                self.cache.keys[0], self.words, self.logits, len(self.model.routes), self.words.shape[1],
                 self.config.norm_eps, **self.constants, num_warps=self.num_warps,
                 launch_cooperative_grid=True,
             )  # fmt: skip
