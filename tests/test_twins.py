@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.evaluate import Document, evaluate
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops.rope import rope_table, rotate
-from butterfly_llm.twins import TWINS, FullLayer, kernel_error, twin
+from butterfly_llm.twins import ROPE_THETA, TWINS, FullLayer, kernel_error, twin
 from conftest import random_model
 
 MICRO = ButterflyConfig.preset("micro")
@@ -23,10 +25,10 @@ needs_fla = pytest.mark.skipif(
 )
 
 
-def filled(name: str) -> Butterfly:
+def filled(name: str, **changes: int) -> Butterfly:
     """A twin whose zero-initialised matrices carry signal too."""
     torch.manual_seed(0)
-    model = twin(name, MICRO)
+    model = twin(name, dataclasses.replace(MICRO, **changes))
     for parameter in model.parameters():
         if parameter.ndim == 2 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
@@ -59,17 +61,26 @@ def test_a_twin_hears_what_its_name_says(name: str) -> None:
     assert heard[(10 - reach) * chunk : asked + 1].all() and not heard[: (10 - reach) * chunk].any()
 
 
-def test_full_attention_is_a_softmax_over_all_earlier_characters() -> None:
-    config = dataclasses.replace(MICRO, num_kv_heads=1)
-    generator = torch.Generator().manual_seed(2)
-    q = torch.randn(2, 37, 2, 32, generator=generator)
-    k, v = torch.randn(2, 2, 37, 1, 32, generator=generator).unbind(0)
-    table = rope_table(torch.arange(37), 32, config.rope_theta, torch.float32)
-    scores = torch.einsum("bqhd,bkgd->bhqk", rotate(q, *table), rotate(k, *table)) / 32**0.5
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_full_attention_is_a_softmax_over_all_earlier_characters(kv_heads: int) -> None:
+    model = filled("full", num_kv_heads=kv_heads)
+    layer = cast(FullLayer, model.layers[0])
+    ids = torch.randint(0, 256, (2, 37), generator=torch.Generator().manual_seed(2))
+    x = layer.attention_norm(model._embed(ids))
+    attention = layer.attention
+    q, k, v = (
+        z.unflatten(-1, (-1, 32)) for z in attention.qkv(x).split([64, 32 * kv_heads, 32 * kv_heads], -1)
+    )
+    table = rope_table(torch.arange(37), 32, ROPE_THETA, torch.float32)
+    q, k = rotate(attention.q_norm(q), *table), rotate(attention.k_norm(k), *table)
+    k, v = (z.repeat_interleave(2 // kv_heads, 2) for z in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 32**0.5
     mask = torch.ones(37, 37, dtype=torch.bool).tril()
-    expected = torch.einsum("bhqk,bkgd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
-    found = FullLayer(config, reads_carry=False).attend(q, k, v, 1, None)
-    assert torch.allclose(found, expected, atol=1e-5)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+    heard: list[Tensor] = []
+    layer.finish = lambda self, x, y: heard.append(y) or x  # type: ignore[func-returns-value]
+    model.hidden(ids)
+    assert torch.allclose(heard[0].view(2, 37, 2, 32), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", HERE[1:])

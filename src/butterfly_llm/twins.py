@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
-from functools import lru_cache
 from importlib import import_module
 from typing import Any, cast
 
@@ -29,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from butterfly_llm.cache import Cache
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly, FeedForward, Layer, RMSNorm
-from butterfly_llm.ops.rope import rope_table, rotate
+from butterfly_llm.ops.rope import Angles, position_table
 
 RECURRENT = ("gated-deltanet", "mamba2")
 TWINS = ("butterfly", "window", "full", *RECURRENT)
@@ -89,28 +88,28 @@ class FullLayer(Layer):
     """A layer that attends to everything before."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, stride: int, backend: Any) -> Tensor:
-        """q (B, N, H, D), k and v (B, N, K, D) -> (B, N, H, D)."""
-        table = _whole_table(q.shape[1], q.shape[3], self.config.rope_theta, q.dtype, q.device)
-        q, k, v = (x.transpose(1, 2) for x in (rotate(q, *table), rotate(k, *table), v))
+        """q (B, N, H, D), k and v (B, N, K, D), as `project` makes them -> (B, N, H, D)."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
-@lru_cache(maxsize=2)
-def _whole_table(
-    length: int, head_dim: int, theta: float | None, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and signed sin (N, 1, D) of positions 0 to length - 1."""
-    with torch.inference_mode(False):
-        return rope_table(torch.arange(length, device=device), head_dim, theta, dtype)
-
-
 class FullAttention(Twin):
-    """Causal attention over the whole sequence in every layer."""
+    """Causal attention over the whole sequence in every layer, positions counted from its beginning."""
 
     def __init__(self, config: ButterflyConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(FullLayer(config, reads_carry=False) for _ in self.layers)
+
+    def _angles(self, position: int | Tensor, ids: Tensor) -> Angles | None:
+        """Of every row of ids (B, N), so that compiled layers see one shape whatever B is."""
+        config = self.config
+        if config.rope_theta is None:
+            return None
+        dtype = torch.promote_types(self.compute_dtype, torch.float32)
+        table = position_table(0, ids.shape[1], config.head_dim, config.rope_theta, dtype, ids.device)
+        cos, sin = (x.repeat(len(ids), 1) for x in table)
+        return cos, sin
 
 
 class RecurrentLayer(nn.Module):
