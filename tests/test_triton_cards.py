@@ -18,7 +18,9 @@ pytestmark = pytest.mark.skipif(
 SHAPE = {"HEADS": 4, "GROUP": 1, "CHUNK": 128, "SCALE": 0.125, "TOPOLOGY": "shift", "WHOLE": False}
 
 
-def compiled(which: triton_attention.Pass, capability: int, kilobytes: int, head_dim: int) -> Any:
+def compiled(
+    which: triton_attention.Pass, capability: int, kilobytes: int, head_dim: int, stream: bool = False
+) -> Any:
     """The kernel for float16 inputs and rows of 16 bytes, as `triton_attention` launches it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -35,7 +37,8 @@ def compiled(which: triton_attention.Pass, capability: int, kilobytes: int, head
     kernel = getattr(triton_kernels, f"{which}_kernel")
     cut = triton_attention.tiles(which, torch.float16, head_dim, 128, kilobytes * 1024)
     constants = SHAPE | {
-        "D": head_dim, "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "STAGES": cut.num_stages
+        "D": head_dim, "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "STAGES": cut.num_stages,
+        **({"STREAM": stream} if which == "forward" else {}),
     }  # fmt: skip
     names = kernel.arg_names
     aligned = [i for i, name in enumerate(names) if name.endswith("_ptr") or name.startswith("stride_")]
@@ -65,8 +68,9 @@ def test_tiles_fit_small_cards(which: triton_attention.Pass, capability: int, ki
     assert 0 < found.metadata.shared <= kilobytes * 1024
 
 
-def test_three_programs_share_a_hopper_multiprocessor() -> None:
-    found = compiled("forward", 90, 227, 64)
+@pytest.mark.parametrize("stream", [False, True])
+def test_three_programs_share_a_hopper_multiprocessor(stream: bool) -> None:
+    found = compiled("forward", 90, 227, 64, stream)
     assert 0 < 3 * (found.metadata.shared + 1024) <= 228 * 1024
     assert "wgmma" in found.asm["ptx"]
     assert "cp.async" in found.asm["ptx"]

@@ -30,7 +30,7 @@ from butterfly_llm.ops.portable import (
     step_attention,
     step_attention_each,
 )
-from butterfly_llm.ops.prefill import prefill_attention_whole
+from butterfly_llm.ops.prefill import prefill_attention_triton
 from butterfly_llm.ops.rope import Angles, offset_angles, rope_table, rotate_rows
 from butterfly_llm.ops.triton_step import step_attention_triton
 from butterfly_llm.recompute import Recompute, recomputed_layer
@@ -429,11 +429,8 @@ class Butterfly(nn.Module):
     def append(self, ids: Tensor, cache: Cache) -> Tensor:
         """Append ids (B, T) at once -> hidden states (B, T, d), before the last norm."""
         cache.begin()
-        attend = prefill_attention
         backend = self.backend or default_backend(ids.device)
-        if backend != "torch":
-            whole = partial(cast(Layer, self.layers[0]).attend, backend=backend)
-            attend = partial(prefill_attention_whole, attend=whole)
+        attend = prefill_attention_triton if backend == "triton" else prefill_attention
         angles = self._angles(cache.position, ids)
         x = self._stream(ids, cache.position, cache.rings(), angles, attend, partner_rows_prefill)
         cache.position += ids.shape[1]

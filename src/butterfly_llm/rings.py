@@ -14,6 +14,36 @@ import torch
 from torch import Tensor
 
 
+def _spans(chunks: Sequence[int], slots: int) -> list[tuple[int, int]]:
+    """Where chunks lie, as (first slot, number of slots). No index tensor, for which a GPU would wait."""
+    if chunks[-1] - chunks[0] == len(chunks) - 1:
+        start = chunks[0] % slots
+        count = min(len(chunks), slots - start)
+        return [(start, count), (0, len(chunks) - count)][: 1 + (count < len(chunks))]
+    spans: list[tuple[int, int]] = []
+    for slot in (c % slots for c in chunks):
+        if spans and slot == sum(spans[-1]):
+            spans[-1] = (spans[-1][0], spans[-1][1] + 1)
+        else:
+            spans.append((slot, 1))
+    return spans
+
+
+def _take(x: Tensor, chunks: Sequence[int]) -> Tensor:
+    """Chunks out of the slots x (..., S, L, X)."""
+    parts = [x.narrow(-3, *span) for span in _spans(chunks, x.shape[-3])]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -3)
+
+
+def _put(slots: Tensor, first: int, x: Tensor) -> None:
+    """Chunks first.. x (..., C, L, X) into their slots, of more than there are slots the last."""
+    count = min(x.shape[-3], slots.shape[-3])
+    stop, done = first + x.shape[-3], x.shape[-3] - count
+    for start, length in _spans(range(stop - count, stop), slots.shape[-3]):
+        slots.narrow(-3, start, length).copy_(x.narrow(-3, done, length))
+        done += length
+
+
 class Ring:
     """All stride + 1 chunks in one tensor, chunk c in slot c mod (stride + 1): the partner is next to it."""
 
@@ -44,17 +74,23 @@ class Ring:
         """Make ready for the first character of `chunk`."""
 
     def read(self, chunks: Sequence[int]) -> Tensor:
-        """Chunks by their number -> (..., C, L, X); they must be among the last stride + 1."""
-        slots = torch.tensor([c % self.window.shape[-3] for c in chunks], device=self.window.device)
-        return self.window.index_select(-3, slots)
+        """Chunks by their number, ascending -> (..., C, L, X), a view where they lie side by side.
+
+        They must be among the last stride + 1.
+        """
+        return _take(self.window, chunks)
+
+    def slots_of(self, chunks: range) -> tuple[Tensor, int]:
+        """A tensor (..., S, L, X) that holds `chunks`, and the turn: c lies in slot (c + turn) mod S."""
+        return self.window, 0
+
+    def needed(self, chunks: int) -> int:
+        """How many of so many new chunks, the last ones, `write` wants."""
+        return min(chunks, self.window.shape[-3])
 
     def write(self, first: int, x: Tensor) -> None:
         """Put chunks first.. x (..., C, L, X); the last one may be unfinished."""
-        slots = self.window.shape[-3]
-        kept = x[..., -slots:, :, :]
-        last = first + x.shape[-3]
-        targets = torch.tensor([c % slots for c in range(last - kept.shape[-3], last)], device=x.device)
-        self.window.index_copy_(-3, targets, kept.to(self.window.dtype))
+        _put(self.window, first, x)
 
 
 class WindowRing(Ring):
@@ -85,6 +121,12 @@ class WindowRing(Ring):
     def _fetch_partner(self, chunk: int) -> None:
         if chunk >= self.stride:
             self.window[..., (chunk + 1) % 2, :, :] = self.load([chunk - self.stride])[..., 0, :, :]
+
+    def slots_of(self, chunks: range) -> tuple[Tensor, int]:
+        return (self.read(chunks), -chunks.start) if chunks else (self.window, 0)
+
+    def needed(self, chunks: int) -> int:
+        return chunks
 
     def read(self, chunks: Sequence[int]) -> Tensor:
         past = [c for c in chunks if c < self.finished]
@@ -168,15 +210,12 @@ class QuantisedRing(WindowRing):
         return ring
 
     def load(self, chunks: Sequence[int]) -> Tensor:
-        slots = torch.tensor([c % self.stride for c in chunks], device=self.window.device)
-        scale = self.scale.index_select(-3, slots)
-        return (self.codes.index_select(-3, slots) * scale).to(self.window.dtype)
+        return (_take(self.codes, chunks) * _take(self.scale, chunks)).to(self.window.dtype)
 
     def save(self, first: int, x: Tensor) -> None:
         kept = x[..., -self.stride :, :, :].float()
-        last = first + x.shape[-3]
-        slots = torch.tensor([c % self.stride for c in range(last - kept.shape[-3], last)], device=x.device)
+        first += x.shape[-3] - kept.shape[-3]
         scale = kept.abs().amax(-1, keepdim=True) / 127
         codes = (kept / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
-        self.codes.index_copy_(-3, slots, codes)
-        self.scale.index_copy_(-3, slots, scale)
+        _put(self.codes, first, codes)
+        _put(self.scale, first, scale)

@@ -311,9 +311,20 @@ def partner_rows_prefill(x: Tensor, ring: Ring, *, position: int, stride: int, t
         partner = partner * reads[:, None].to(x.dtype)
     if front:
         x = torch.cat([ring.read([first_chunk])[:, 0, :front].to(x.dtype), x], 1)
-    padded = F.pad(x, (0, 0, 0, -x.shape[1] % chunk_size))
-    ring.write(first_chunk, padded.view(batch, -1, chunk_size, width))
+    skipped, newest = last_chunks(x, chunk_size, ring)
+    ring.write(first_chunk + skipped, newest)
     return partner
+
+
+def last_chunks(x: Tensor, chunk_size: int, ring: Ring) -> tuple[int, Tensor]:
+    """The chunks of x (B, T, ...) that a ring needs: how many are left out before them, (B, C, L, ...)."""
+    batch, num_chars, *row = x.shape
+    chunks = -(-num_chars // chunk_size)
+    skipped = chunks - ring.needed(chunks)
+    x = x[:, skipped * chunk_size :]
+    if back := -num_chars % chunk_size:
+        x = torch.cat([x, x.new_zeros(batch, back, *row)], 1)
+    return skipped, x.view(batch, -1, chunk_size, *row)
 
 
 def partner_row_step(x: Tensor, ring: Tensor, *, position: int, stride: int, topology: Topology) -> Tensor:

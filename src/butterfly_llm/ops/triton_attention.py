@@ -119,6 +119,20 @@ def _strides(tensors: list[Tensor]) -> list[int]:
     return [x.stride(axis) if axis or len(x) > 1 else 0 for x in tensors for axis in range(3)]
 
 
+@dataclass(frozen=True)
+class Past:
+    """What a slice of a stream reads of the chunks before it."""
+
+    keys: Tensor  # (B, K, S, L, D), rotated by their offset
+    values: Tensor
+    first: int  # number of the slice's first chunk
+    turn: int  # chunk p lies in slot (p + turn) mod S
+
+    def arguments(self) -> list[Any]:
+        strides = self.keys.stride()
+        return [self.keys, self.values, *strides[:2], self.first, self.keys.shape[2], self.turn]
+
+
 def _launch(
     which: Pass,
     tensors: list[Tensor],
@@ -129,6 +143,7 @@ def _launch(
     topology: str,
     chunk_size: int,
     rope_theta: float | None,
+    past: Past | None = None,
 ) -> None:
     """Run one kernel over every (block, head, batch). `strided` are the tensors whose strides it takes."""
     from butterfly_llm.ops import triton_kernels
@@ -144,6 +159,10 @@ def _launch(
     blocks = chunk_size // (cut.block_n if over_keys else cut.block_m)
     programs = batch * turns * step * blocks * (num_kv_heads if over_keys else num_heads)
     kernel = getattr(triton_kernels, f"{which}_kernel")
+    stream: list[Any] = []
+    if which == "forward":
+        unread = Past(tensors[1], tensors[2], 0, 0)
+        stream = (past or unread).arguments()
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             *tensors,
@@ -154,6 +173,7 @@ def _launch(
             min(stride, _NO_STRIDE),
             turns,
             step,
+            *stream,
             HEADS=num_heads,
             GROUP=num_heads // num_kv_heads,
             D=head_dim,
@@ -164,6 +184,7 @@ def _launch(
             TOPOLOGY=topology,
             WHOLE=length % chunk_size == 0,
             STAGES=cut.num_stages,
+            **({"STREAM": past is not None} if which == "forward" else {}),
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
             **({"maxnreg": cut.registers} if cut.registers else {}),
@@ -275,6 +296,42 @@ def butterfly_attention_triton(
     Views with adjacent head elements, such as slices of a fused projection, are read in place.
     ImportError without Triton; ValueError for a device, dtype, head or chunk size that has no kernel.
     """
+    _require_kernel(q, k, v, chunk_size)
+    return cast(Tensor, _forward(q, k, v, stride, topology, chunk_size, rope_theta)[0])
+
+
+def slice_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: Past,
+    *,
+    stride: int,
+    topology: Topology,
+    rope_theta: float | None,
+) -> Tensor:
+    """`butterfly_attention_triton` of a slice of a causal stream, from a chunk's start; no gradients.
+
+    q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). Partners before the slice are read where they lie.
+    """
+    chunk_size = past.keys.shape[3]
+    _require_kernel(q, k, v, chunk_size)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    keys, values = past.keys, past.values
+    if not keys[0].is_contiguous() or values.stride() != keys.stride():
+        past = replace(past, keys=keys.contiguous(), values=values.contiguous())
+    batch, length, num_heads, head_dim = q.shape
+    o = q.new_empty((batch, length, num_heads, head_dim))
+    lse = q.new_empty((batch, num_heads, length), dtype=torch.float32)
+    _launch(
+        "forward", [q, k, v, o, lse], [q, k, v], (batch, length, num_heads, k.shape[2], head_dim),
+        stride=stride, topology=topology, chunk_size=chunk_size, rope_theta=rope_theta, past=past,
+    )  # fmt: skip
+    return o
+
+
+def _require_kernel(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> None:
+    """ImportError and ValueError as `butterfly_attention_triton` raises them."""
     if not _TRITON_FOUND:
         raise ImportError("backend triton: triton is not installed (pip install triton, Linux only)")
     if q.device.type != "cuda" and not _interpreted():
@@ -288,4 +345,3 @@ def butterfly_attention_triton(
             f"backend triton: head size {q.shape[3]} and chunk size {chunk_size}: "
             f"choose from {HEAD_DIMS} and {CHUNK_SIZES}"
         )
-    return cast(Tensor, _forward(q, k, v, stride, topology, chunk_size, rope_theta)[0])

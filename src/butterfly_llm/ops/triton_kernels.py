@@ -115,18 +115,20 @@ def _visit(q, k, v, seen, acc, top, total, SCALE: tl.constexpr, MASK: tl.constex
     return _dot_add(w.to(v.dtype), v, acc * shrink[:, None]), higher, total
 
 
-@triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
+@triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step", "first", "slots", "turn"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     length, num_chunks, stride, turns, step,
+    ring_k_ptr, ring_v_ptr, stride_rb, stride_rh, first, slots, turn,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
-    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
+    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """o (B, N, H, D) and lse (B, H, N), in powers of 2: one program per (query block, head, batch).
 
-    SCALE includes log2(e); WHOLE: CHUNK divides N.
+    SCALE includes log2(e); WHOLE: CHUNK divides N. STREAM: the sequence is the slice of a stream that begins
+    with chunk `first`; chunk p before it lies in slot (p + turn) mod `slots` of the rings (B, K, S, L, D).
     """
     HALF: tl.constexpr = D // 2
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
@@ -135,10 +137,17 @@ def forward_kernel(
     left = length - c * CHUNK
     if (c >= num_chunks) | (block * BLOCK_M >= left):
         return
-    p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
     kv_head = head // GROUP
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
+    if STREAM:
+        p, exists = _partner(first + c, stride, num_chunks, TOPOLOGY)
+        slot = (p + turn) % slots
+        p = p - first
+        here = exists & (p >= 0)
+    else:
+        p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
+        here = exists
     q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
     k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
     v_c = _chunk_pointer(v_ptr, batch, kv_head, c, stride_vb, stride_vn, stride_vh, CHUNK)
@@ -152,8 +161,15 @@ def forward_kernel(
     q2 = _read(q_c + HALF, stride_qn, i, left, HALF, WHOLE)
     y1, y2 = _further(q1, q2, table_ptr, tl.where(p < c, 1.0, -1.0), HALF)
     turned = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+    if STREAM:
+        in_ring = batch.to(tl.int64) * stride_rb + kv_head.to(tl.int64) * stride_rh
+        in_ring += slot.to(tl.int64) * (CHUNK * D)
+        for t in tl.range(0, tl.where(exists & (p < 0), CHUNK, 0), BLOCK_N, num_stages=STAGES):
+            k = _read(ring_k_ptr + in_ring, D, t + j, CHUNK, D, True).to(q1.dtype)
+            v = _read(ring_v_ptr + in_ring, D, t + j, CHUNK, D, True).to(q1.dtype)
+            acc, top, total = _visit(turned, k, v, True, acc, top, total, SCALE, False)
     p_left = length - p * CHUNK
-    for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_N, num_stages=STAGES):
+    for t in tl.range(0, tl.where(here, CHUNK, 0), BLOCK_N, num_stages=STAGES):
         k = _read(k_p, stride_kn, t + j, p_left, D, not BOUNDED)
         v = _read(v_p, stride_vn, t + j, p_left, D, not BOUNDED)
         seen = (t + j)[None, :] < p_left
