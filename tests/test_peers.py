@@ -87,11 +87,11 @@ def test_out_of_memory_is_a_row_and_recomputed_layers_are_tried_first(
     row = peers.measure_row("training", 64, 64, None)
     assert tried == [True, False]
     assert row == {
-        "chars": 64, "cuda_graph": False, "recompute": "layer", "seconds": 0.25, "chars_per_second": 256,
+        "cuda_graph": False, "recompute": "layer", "seconds": 0.25, "chars_per_second": 256,
         "bytes": None,
     }  # fmt: skip
     row = peers.measure_row("training", 128, 64, None)
-    assert tried[2:] == [False] and row == {"chars": 128, "failed": "out of memory: Tried to allocate 9 GiB"}
+    assert tried[2:] == [False] and row == {"failed": "out of memory: Tried to allocate 9 GiB"}
 
 
 def test_no_row_begins_after_the_seconds_are_over(monkeypatch: pytest.MonkeyPatch) -> None:

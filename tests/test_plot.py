@@ -13,13 +13,14 @@ pytest.importorskip("matplotlib")
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.ops.reference import butterfly_attention_reference
 from butterfly_llm.plot.attention import attention_map, plot_attention
+from butterfly_llm.plot.peers import plot_peers, plot_twins
 from butterfly_llm.plot.results import (
     _read_metrics,
     _read_rows,
-    _smooth,
     plot_context,
     plot_loss,
     plot_scaling,
+    smooth,
 )
 from butterfly_llm.plot.routing import plot_reach, plot_routing
 from conftest import random_model
@@ -66,8 +67,8 @@ def test_loss_with_one_kind_of_line_only(tmp_path, metrics):
 
 def test_smoothing_keeps_length_and_lines():
     line = [float(i) for i in range(400)]
-    assert _smooth(line)[4:-4] == pytest.approx(line[4:-4])
-    assert _smooth([3.0]) == [3.0]
+    assert smooth(line)[4:-4] == pytest.approx(line[4:-4])
+    assert smooth([3.0]) == [3.0]
 
 
 def test_a_figure_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -172,6 +173,83 @@ def test_scaling_figure_shows_speed_and_memory(tmp_path, labels):
     labels.clear()
     plot_scaling([file], tmp_path / "scaling.png")
     assert "characters a second" in labels and "memory" not in labels
+
+
+def test_scaling_figure_has_a_curve_for_each_number_of_streams(tmp_path, labels):
+    rows = [
+        {"what": "writing", "length": length, "streams": streams, "chars_per_second": 10.0 * streams}
+        for length in (1024, 65536)
+        for streams in (1, 64)
+    ]
+    file = tmp_path / "decode.txt"
+    file.write_text(json.dumps({"rows": rows}))
+    plot_scaling([file], tmp_path / "scaling.png")
+    assert {"writing, 10", "writing, 64 streams, 640"} <= set(labels)
+
+
+def peer_rows(twin, task, **last):
+    row = {"twin": twin, "task": task, "chars_per_second": 1000, "bytes": 10**9}
+    return [{**row, "length": 8192}, {**row, "length": 65536}, {"twin": twin, "task": task, **last}]
+
+
+def test_peers_figure_shows_every_architecture_and_what_was_left_out(tmp_path, labels, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    plot = Axes.plot
+
+    def note(axes, x, y, form, **options):
+        drawn.append((form, list(x), list(y), options.get("markerfacecolor")))
+        return plot(axes, x, y, form, **options)
+
+    monkeypatch.setattr(Axes, "plot", note)
+    slow = peer_rows(
+        "full", "training", length=262144, failed="a step would take 64 s", expected_seconds=64, chars=262144
+    )
+    large = peer_rows("mamba2", "training", length=262144, failed="out of memory: Tried to allocate 9 GiB")
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    one.write_text(
+        json.dumps({"rows": slow + peer_rows("butterfly", "reading", length=262144, failed="no time")})
+    )
+    two.write_text("a table\n" + json.dumps({"rows": large}))
+    plot_peers([one, two], tmp_path / "peers.png")
+    titles = {
+        f"{task}: {what}"
+        for task in ("reading", "training")
+        for what in ("characters a second", "peak memory")
+    }
+    assert titles | {"butterfly", "full attention", "Mamba-2", "8k", "64k"} <= set(labels)
+    assert "window of two chunks" not in labels
+    assert ("o", [262144], [4096.0], "white") in drawn
+    assert [x for form, x, _, _ in drawn if form == "x" and x] == [[262144]] * 2
+    assert ("o-", [8192, 65536], [1000, 1000], None) in drawn
+
+
+def test_twins_figure_shows_held_out_bits_by_time_and_by_characters(tmp_path, labels):
+    curve = [[1000 * i, 0.5 * i, 5 / i] for i in range(1, 6)]
+    rows = [
+        {"twin": "butterfly", "curve": curve, "bits_per_char": 1.25},
+        {"twin": "full", "curve": curve, "bits_per_char": 1.5},
+        {"twin": "mamba2", "failed": "out of memory"},
+    ]
+    file = tmp_path / "twins.json"
+    file.write_text(json.dumps({"rows": rows}))
+    plot_twins(file, tmp_path / "twins.svg")
+    assert {"butterfly: 1.250", "full attention: 1.500", "seconds trained", "characters trained"} <= set(
+        labels
+    )
+    assert not any("Mamba" in label for label in labels)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"rows": []}', '{"rows": [{"twin": "x"}]}', '{"rows": [1]}'])
+def test_comparisons_that_are_none_are_refused(tmp_path, text):
+    path = tmp_path / "bench.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bench\.txt: not the output of butterfly bench peers"):
+        plot_peers([path], tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"bench\.txt: not the output of butterfly bench twins"):
+        plot_twins(path, tmp_path / "x.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["bench.txt"]
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def measure_row(task: str, length: int, chars: int, expected: float | None) -> d
     ids = torch.randint(0, 256, (windows, length + 1), device=subject.device)
     uncounted = int(expected is None or expected < _UNCOUNTED_BELOW)
     steps = max(1, min(5, int(_PER_ROW / expected))) if expected else 2
-    row: dict[str, Any] = {"chars": windows * length}
+    row: dict[str, Any] = {}
     for keep in (True, False) if task == "training" and windows * length <= chars else (False,):
         subject.forget()
         try:
@@ -299,7 +299,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for length in lengths:
             for task in options.tasks:
                 for name, worker in workers.items():
-                    row = {"what": f"{task}, {name}", "twin": name, "task": task, "length": length}
+                    chars = max(1, options.chars // length) * length
+                    row = {"what": f"{task}, {name}", "twin": name, "task": task}
+                    row |= {"length": length, "chars": chars}
                     expected = expected_seconds(name, last.get((name, task)), length, options.chars)
                     row |= _row(result["twins"][name], worker, row, expected, left(), options)
                     if "seconds" in row:

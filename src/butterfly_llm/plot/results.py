@@ -25,7 +25,7 @@ def plot_loss(metrics: str | Path, path: str | Path) -> None:
         if train:
             chars, bits = zip(*train, strict=True)
             axes.plot(chars, bits, color=BLUE, alpha=0.3, linewidth=0.8)
-            axes.plot(chars, _smooth(bits), color=BLUE, linewidth=1.6, label="training")
+            axes.plot(chars, smooth(bits), color=BLUE, linewidth=1.6, label="training")
         if validation:
             chars, bits = zip(*validation, strict=True)
             axes.plot(chars, bits, "o", color=ORANGE, markersize=4.5, label="validation")
@@ -99,12 +99,15 @@ def plot_scaling(benchmarks: Sequence[str | Path], path: str | Path) -> None:
     """Draw speed and memory against length, both axes logarithmic, from outputs of `butterfly bench`.
 
     Takes the `rows` of the object in the last line of each: `what` names the curve, `length` is in
-    characters, `chars_per_second` and `bytes` are drawn where given. Raises as `plot_loss` does.
+    characters, `chars_per_second` and `bytes` are drawn where given; more `streams` than one have a curve of
+    their own. Raises as `plot_loss` does.
     """
     curves: dict[str, list[dict[str, Any]]] = {}
     for file in map(Path, benchmarks):
         for row in _read_rows(file):
-            curves.setdefault(row["what"], []).append(row)
+            streams = row.get("streams", 1)
+            name = row["what"] if streams == 1 else f"{row['what']}, {streams} streams"
+            curves.setdefault(name, []).append(row)
     panels = [
         (key, label, show)
         for key, label, show in (
@@ -125,7 +128,7 @@ def plot_scaling(benchmarks: Sequence[str | Path], path: str | Path) -> None:
                         f"{name}, {show(float(f'{points[-1][1]:.3g}'))}", points[0], xytext=(-4, 7),
                         textcoords="offset points", ha="left", color=colour,
                     )  # fmt: skip
-            _length_axis(axes, [row["length"] for rows in curves.values() for row in rows])
+            length_axis(axes, [row["length"] for rows in curves.values() for row in rows])
             axes.set_yscale("log")
             low, high = axes.get_ylim()
             spread = max(high / low, 30) ** 0.6  # a flat line should look flat
@@ -138,7 +141,7 @@ def plot_scaling(benchmarks: Sequence[str | Path], path: str | Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
 
 
-def _length_axis(axes: Any, lengths: Sequence[int]) -> None:
+def length_axis(axes: Any, lengths: Sequence[int]) -> None:
     """A logarithmic axis with powers of two as 1k, 16k, 64k, 1M."""
     axes.set_xscale("log", base=2)
     axes.set_xlabel("length, characters")
@@ -165,7 +168,7 @@ def _cycle() -> Iterator[str]:
 def _read_evaluations(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(name, evaluation) of each one in a file; ValueError where there is none."""
     try:
-        found = _last_object(path)
+        found = last_object(path)
         results = list(found["bits"].items()) if "bits" in found else [(path.stem, found)]
         for _, result in results:
             numbers = [result["bits_per_char"]]
@@ -178,7 +181,7 @@ def _read_evaluations(path: Path) -> list[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: not the output of butterfly eval --json ({error!r})") from None
 
 
-def _last_object(path: Path) -> Any:
+def last_object(path: Path) -> Any:
     """The JSON of a file, or of its last line where a table stands before it."""
     text = path.read_text(encoding="utf-8")
     return json.loads(text if text.lstrip().startswith("{") else text.splitlines()[-1])
@@ -187,7 +190,7 @@ def _last_object(path: Path) -> Any:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a benchmark's object, which is its last line; ValueError for anything else."""
     try:
-        rows = _last_object(path)["rows"]
+        rows = last_object(path)["rows"]
         for row in rows:
             if not (isinstance(row["what"], str) and row["length"] > 0):
                 raise ValueError("a row without what or length")
@@ -215,7 +218,7 @@ def _read_metrics(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, 
     return train, validation
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Mean over a centred window of about a fiftieth of the run."""
     half = len(values) // 100
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
