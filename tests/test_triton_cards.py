@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.ops import triton_attention
+from butterfly_llm.persistent_step import PersistentStep
+from conftest import random_model
 
 pytestmark = pytest.mark.skipif(
     not triton_attention._TRITON_FOUND or os.environ.get("TRITON_INTERPRET") == "1",
@@ -74,3 +77,31 @@ def test_three_programs_share_a_hopper_multiprocessor(stream: bool) -> None:
     assert 0 < 3 * (found.metadata.shared + 1024) <= 228 * 1024
     assert "wgmma" in found.asm["ptx"]
     assert "cp.async" in found.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_step_in_one_launch_waits_in_instructions_of_the_card(capability: int) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from butterfly_llm.ops.triton_persistent_kernel import persistent_kernel
+
+    model = random_model(ButterflyConfig.preset("tiny"))
+    step = PersistentStep(model, model.new_cache(), programs=64, num_warps=4)
+    constants = step.constants | {"WAIT": True, "FETCH": capability >= 90}
+    kinds = dict.fromkeys(("ids_ptr", "position_ptr", "table_ptr"), "*i64")
+    kinds |= dict.fromkeys(("launch_ptr", "words_ptr"), "*i32") | {"eps": "fp32"}
+    kinds |= dict.fromkeys(("weights_ptr", "embed_ptr", "ring_ptr"), "*bf16")
+    names = persistent_kernel.arg_names
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")}
+    source = ASTSource(persistent_kernel, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": 4, "launch_cooperative_grid": True}
+    ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    assert "ld.relaxed.gpu.global.b32" in ptx
+    assert ("cp.async.bulk.prefetch.L2" in ptx) == (capability == 90)

@@ -411,14 +411,6 @@ def persistent_kernel(
             new_v1 = new_v1.to(kind)
             new_v2 = new_v2.to(kind)
             newest = (far == 0) & (offset >= key0) & (offset < key0 + KEYS)
-            if newest:
-                new = (offset - key0) * D + t
-                tl.store(key_ptr + new, turned1)
-                tl.store(key_ptr + HALF + new, turned2)
-                tl.store(value_ptr + new, new_v1)
-                tl.store(value_ptr + HALF + new, new_v2)
-            turned1 = turned1.to(tl.float32)
-            turned2 = turned2.to(tl.float32)
             for g in tl.static_range(GROUP):
                 if g > 0:
                     q1, q2 = _wait((q_ptr + g * D, q_ptr + g * D + HALF), HALF, THREADS, WAIT, PAUSE)
@@ -429,7 +421,8 @@ def persistent_kernel(
                 y2 = q2 * cos + q1 * sin
                 scores = tl.sum(k1.to(tl.float32) * y1[None, :] + k2.to(tl.float32) * y2[None, :], 1)
                 scores = tl.where(old, scores, float("-inf"))
-                score = tl.where(newest, tl.sum(turned1 * y1 + turned2 * y2, 0), float("-inf"))
+                score = tl.sum(turned1.to(tl.float32) * y1 + turned2.to(tl.float32) * y2, 0)
+                score = tl.where(newest, score, float("-inf"))
                 top = tl.maximum(tl.maximum(tl.max(scores, 0), score), -1e30)
                 shares = tl.exp2(scores - top)
                 share = tl.exp2(score - top)
@@ -446,6 +439,12 @@ def persistent_kernel(
                 _send(x_ptr + X_O + at * D + t, o1, t < HALF)
                 _send(x_ptr + X_O + at * D + HALF + t, o2, t < HALF)
                 _send(x_ptr + X_LSE + at + one, lse + one, one == 0)
+            if newest:
+                new = (offset - key0) * D + t
+                tl.store(key_ptr + new, turned1)
+                tl.store(key_ptr + HALF + new, turned2)
+                tl.store(value_ptr + new, new_v1)
+                tl.store(value_ptr + HALF + new, new_v2)
 
         if CARRY > 0:  # noqa: SIM102
             if merged > 0:
