@@ -308,34 +308,45 @@ def key_gradient_kernel(
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
     v_c = _chunk_pointer(v_ptr, batch, kv_head, c, stride_vb, stride_vn, stride_vh, CHUNK)
-    k = _read(k_c, stride_kn, j, left, D, WHOLE)
     v = _read(v_c, stride_vn, j, left, D, WHOLE)
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
-    begin = 0 if MUTUAL else block * BLOCK_N // BLOCK_M * BLOCK_M  # earlier queries do not see these keys
+
+    # Keys turned back, once, instead of the reader's queries turned further, block by block.
+    side = tl.where(r > c, 1.0, -1.0)
+    k1 = _read(k_c, stride_kn, j, left, HALF, WHOLE)
+    k2 = _read(k_c + HALF, stride_kn, j, left, HALF, WHOLE)
+    y1, y2 = _further(k1, k2, table_ptr, -side, HALF)
+    turned = _joined(y1.to(k1.dtype), y2.to(k1.dtype), D)
     for g in range(GROUP):
         head = kv_head * GROUP + g
         q_r = _chunk_pointer(q_ptr, batch, head, r, stride_qb, stride_qn, stride_qh, CHUNK)
         do_r = _chunk_pointer(do_ptr, batch, head, r, stride_gb, stride_gn, stride_gh, CHUNK)
-        first = (batch.to(tl.int64) * HEADS + head) * length
+        first = (batch.to(tl.int64) * HEADS + head) * length + r * CHUNK
         for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_M, num_stages=STAGES):
             i = t + tl.arange(0, BLOCK_M)
-            q1 = _read(q_r, stride_qn, i, r_left, HALF, WHOLE)
-            q2 = _read(q_r + HALF, stride_qn, i, r_left, HALF, WHOLE)
-            y1, y2 = _further(q1, q2, table_ptr, tl.where(r > c, 1.0, -1.0), HALF)
-            q = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+            q = _read(q_r, stride_qn, i, r_left, D, WHOLE)
             do = _read(do_r, stride_gn, i, r_left, D, WHOLE)
-            lse = tl.load(lse_ptr + first + r * CHUNK + i, mask=i < r_left, other=0.0)
-            delta = tl.load(delta_ptr + first + r * CHUNK + i, mask=i < r_left, other=0.0)
-            dk, dv = _key_side(k, v, q, do, lse, delta, True, dk, dv, SCALE, False)
+            lse = tl.load(lse_ptr + first + i, mask=i < r_left, other=0.0)
+            delta = tl.load(delta_ptr + first + i, mask=i < r_left, other=0.0)
+            dk, dv = _key_side(turned, v, q, do, lse, delta, True, dk, dv, SCALE, False)
+    y1, y2 = _halves(dk, D)
+    y1, y2 = _further(y1, y2, table_ptr, side, HALF)
+    dk = _joined(y1, y2, D)
+
+    k = _read(k_c, stride_kn, j, left, D, WHOLE)
+    begin = 0 if MUTUAL else block * BLOCK_N // BLOCK_M * BLOCK_M  # earlier queries do not see these keys
+    for g in range(GROUP):
+        head = kv_head * GROUP + g
         q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
         do_c = _chunk_pointer(do_ptr, batch, head, c, stride_gb, stride_gn, stride_gh, CHUNK)
+        first = (batch.to(tl.int64) * HEADS + head) * length + c * CHUNK
         for t in tl.range(begin, CHUNK, BLOCK_M, num_stages=STAGES):
             i = t + tl.arange(0, BLOCK_M)
             q = _read(q_c, stride_qn, i, left, D, WHOLE)
             do = _read(do_c, stride_gn, i, left, D, WHOLE)
-            lse = tl.load(lse_ptr + first + c * CHUNK + i, mask=i < left, other=0.0)
-            delta = tl.load(delta_ptr + first + c * CHUNK + i, mask=i < left, other=0.0)
+            lse = tl.load(lse_ptr + first + i, mask=i < left, other=0.0)
+            delta = tl.load(delta_ptr + first + i, mask=i < left, other=0.0)
             seen = i[None, :] >= j[:, None]
             dk, dv = _key_side(k, v, q, do, lse, delta, seen, dk, dv, SCALE, not MUTUAL)
     row = (batch.to(tl.int64) * length + c * CHUNK) * KV_HEADS + kv_head  # row of (B * N * Hkv, D)
