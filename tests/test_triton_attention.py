@@ -261,7 +261,7 @@ def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
 @pytest.mark.skipif(not triton_attention._TRITON_FOUND, reason="triton is not installed")
 def test_under_the_interpreter() -> None:
-    others = ("test_triton_step.py", "test_prefill.py")
+    others = ("test_triton_step.py", "test_prefill.py", "test_feed_forward.py")
     files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
     command = [sys.executable, "-m", "pytest", *files, "-m", "not gpu", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.ops import triton_attention
+from butterfly_llm.ops import feed_forward, triton_attention
 from butterfly_llm.persistent_step import PersistentStep
 from conftest import random_model
 
@@ -21,28 +21,20 @@ pytestmark = pytest.mark.skipif(
 SHAPE = {"HEADS": 4, "GROUP": 1, "CHUNK": 128, "SCALE": 0.125, "TOPOLOGY": "shift", "WHOLE": False}
 
 
-def compiled(
-    which: triton_attention.Pass, capability: int, kilobytes: int, head_dim: int, stream: bool = False
+def built(
+    kernel: Any, capability: int, cut: triton_attention.Tiles | feed_forward.Tiles, constants: Any
 ) -> Any:
-    """The kernel for float16 inputs and rows of 16 bytes, as `triton_attention` launches it."""
+    """The kernel for float16 inputs and rows of 16 bytes, compiled as it is launched."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
-
-    from butterfly_llm.ops import triton_kernels
 
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in ("lse_ptr", "delta_ptr", "table_ptr"):
+        if name in ("lse_ptr", "delta_ptr", "table_ptr", "factor_ptr"):
             return "*fp32"
         return "*fp16" if name.endswith("_ptr") else "i32"
 
-    kernel = getattr(triton_kernels, f"{which}_kernel")
-    cut = triton_attention.tiles(which, torch.float16, head_dim, 128, kilobytes * 1024)
-    constants = SHAPE | {
-        "D": head_dim, "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "STAGES": cut.num_stages,
-        **({"STREAM": stream} if which == "forward" else {}),
-    }  # fmt: skip
     names = kernel.arg_names
     aligned = [i for i, name in enumerate(names) if name.endswith("_ptr") or name.startswith("stride_")]
     source = ASTSource(
@@ -55,6 +47,20 @@ def compiled(
     if cut.registers:
         options["maxnreg"] = cut.registers
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compiled(
+    which: triton_attention.Pass, capability: int, kilobytes: int, head_dim: int, stream: bool = False
+) -> Any:
+    """A kernel of the attention, with the tiles of a card."""
+    from butterfly_llm.ops import triton_kernels
+
+    cut = triton_attention.tiles(which, torch.float16, head_dim, 128, kilobytes * 1024)
+    constants = SHAPE | {
+        "D": head_dim, "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "STAGES": cut.num_stages,
+        **({"STREAM": stream} if which == "forward" else {}),
+    }  # fmt: skip
+    return built(getattr(triton_kernels, f"{which}_kernel"), capability, cut, constants)
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +111,16 @@ def test_the_step_in_one_launch_waits_in_instructions_of_the_card(capability: in
     ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
     assert "ld.relaxed.gpu.global.b32" in ptx
     assert ("cp.async.bulk.prefetch.L2" in ptx) == (capability == 90)
+
+
+@pytest.mark.parametrize(("which", "capability", "kilobytes"), [("gradient", 75, 64), ("forward", 90, 227)])
+def test_feed_forward_tiles_fit(which: feed_forward.Pass, capability: int, kilobytes: int) -> None:
+    from butterfly_llm.ops.triton_feed_forward_kernels import up_kernel
+
+    cut = feed_forward.tiles(which, torch.float16, 3072, 768, kilobytes * 1024)
+    tiles = {"BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
+    constants = {"K": 768, "N": 3072, **tiles, "GRADIENT": which == "gradient"}
+    found = built(up_kernel, capability, cut, constants)
+    programs = 2 if capability == 90 else 1  # that share a multiprocessor
+    assert 0 < programs * (found.metadata.shared + 1024) <= (kilobytes + 1) * 1024
+    assert ("wgmma" in found.asm["ptx"]) == (capability == 90)

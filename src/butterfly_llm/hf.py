@@ -42,7 +42,8 @@ except ImportError as failure:
 from butterfly_llm.cache import Cache
 from butterfly_llm.checkpoint import StoredDtype, load_pretrained, save_model
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.model import Butterfly, Linear
+from butterfly_llm.model import Butterfly
+from butterfly_llm.modules import Linear
 
 SEPARATOR = 0  # NUL separates documents: it is the only special token, and stands for begin, end and padding
 _FIELDS = tuple(field.name for field in dataclasses.fields(ButterflyConfig))

@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from butterfly_llm.cache import Cache, prefill_slice, routes_of
 from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.modules import FeedForward, Linear, RMSNorm
 from butterfly_llm.ops import Backend, butterfly_attention, default_backend, numpy_step
+from butterfly_llm.ops.feed_forward import relu2_feed_forward, takes
 from butterfly_llm.ops.loss import linear_cross_entropy
 from butterfly_llm.ops.portable import (
     partner_row_step,
@@ -39,24 +41,6 @@ from butterfly_llm.routing import LayerRoute
 QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 # Nothing random is run twice, so its state need not be kept.
 _CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-
-
-class Linear(nn.Linear):
-    """float32 master weights, computed in the dtype of the input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -94,22 +78,6 @@ class Attention(nn.Module):
         )
 
 
-class FeedForward(nn.Module):
-    def __init__(self, config: ButterflyConfig) -> None:
-        super().__init__()
-        self.gated = config.feed_forward == "swiglu"
-        self.up = Linear(config.hidden_size, config.intermediate_size * (2 if self.gated else 1), bias=False)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=False)
-        nn.init.zeros_(self.down.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        if self.gated:
-            gate, x = x.chunk(2, -1)
-            return cast(Tensor, self.down(F.silu(gate) * x))
-        return cast(Tensor, self.down(F.relu(x).square()))
-
-
 class Layer(nn.Module):
     """Pre-norm attention over the own and the partner chunk, then feed-forward."""
 
@@ -123,7 +91,7 @@ class Layer(nn.Module):
         # Both halves around the attention see characters as rows (T, .), whatever B, N and the stride are:
         # `Butterfly.compile_layers` puts compiled ones here that serve every layer and sequence length.
         self.project: Callable[..., QueryKeyValue] = Layer._project
-        self.finish: Callable[[Layer, Tensor, Tensor], Tensor] = Layer._finish
+        self.finish: Callable[[Layer, Tensor, Tensor, Backend | None], Tensor] = Layer._finish
 
     def forward(
         self, x: Tensor, memory: Tensor | None, angles: Angles | None, stride: int, backend: Backend | None
@@ -133,7 +101,7 @@ class Layer(nn.Module):
         rows = None if memory is None else memory.flatten(0, 1)
         q, k, v = (z.view(*shape, *z.shape[1:]) for z in self.project(self, x.flatten(0, 1), rows, angles))
         y = self.attend(q, k, v, stride, backend)
-        return self.finish(self, x.flatten(0, 1), y.flatten(0, 1)).view(x.shape)
+        return self.finish(self, x.flatten(0, 1), y.flatten(0, 1), backend).view(x.shape)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, stride: int, backend: Backend | None) -> Tensor:
         """q (B, N, H, D), k and v (B, N, K, D), as `project` makes them -> (B, N, H, D)."""
@@ -165,6 +133,7 @@ class Layer(nn.Module):
         position: int | Tensor,
         angles: Angles | None,
         attend: Callable[..., Tensor],
+        backend: Backend,
     ) -> Tensor:
         """`forward` for the characters `position`.. of a stream: x (B, T, d), or (B, d) for a single one.
 
@@ -181,16 +150,19 @@ class Layer(nn.Module):
             topology=self.config.routing,
             rope_theta=self.config.rope_theta,
         )
-        return self.finish(self, rows, y.reshape(-1, *y.shape[-2:])).view(x.shape)
+        return self.finish(self, rows, y.reshape(-1, *y.shape[-2:]), backend).view(x.shape)
 
     def _project(self, x: Tensor, memory: Tensor | None, angles: Angles | None) -> QueryKeyValue:
         """x (T, d), memory (T, M) -> q (T, H, D), k and v (T, K, D)."""
         return self.attention.project(self.attention_norm(x), memory, angles)
 
-    def _finish(self, x: Tensor, y: Tensor) -> Tensor:
-        """x (..., d), y (..., H, D) -> (..., d)."""
+    def _finish(self, x: Tensor, y: Tensor, backend: Backend | None) -> Tensor:
+        """x (T, d), y (T, H, D) -> (T, d)."""
         x = x + self.attention.out(y.flatten(-2))
-        return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
+        norm, inner = self.feed_forward_norm, self.feed_forward
+        if backend == "triton" and takes(x, self.config.intermediate_size, inner.gated):
+            return relu2_feed_forward(x, norm.weight, inner.up.weight, inner.down.weight, norm.eps)
+        return cast(Tensor, x + inner(norm(x)))
 
 
 class CarryWrite(nn.Module):
@@ -325,7 +297,11 @@ class Butterfly(nn.Module):
         """ids (B, N) -> normalised hidden states (B, N, d) in the compute dtype."""
         if ids.ndim != 2:
             raise ValueError(f"ids must be (batch, characters), not {tuple(ids.shape)}")
-        config, rows = self.config, self.recompute.slice_rows
+        config, rows, backend = (
+            self.config,
+            self.recompute.slice_rows,
+            self.backend or default_backend(ids.device),
+        )
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         first_whole = len(self.routes) - self.recompute.whole
         # Slices also bound the workspace of long texts that are only read.
@@ -336,8 +312,8 @@ class Butterfly(nn.Module):
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
             layer, stride = cast(Layer, self.layers[index]), self.routes[index].stride
             if slicing and not (recompute and index >= first_whole):
-                return recomputed_layer(layer, x, memory, angles, stride, self.backend, rows)
-            return cast(Tensor, layer(x, memory, angles, stride, self.backend))
+                return recomputed_layer(layer, x, memory, angles, stride, backend, rows)
+            return cast(Tensor, layer(x, memory, angles, stride, backend))
 
         def kept(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
             """`run`, of which only the inputs are kept where layers are recomputed."""
@@ -432,7 +408,7 @@ class Butterfly(nn.Module):
         backend = self.backend or default_backend(ids.device)
         attend = prefill_attention_triton if backend == "triton" else prefill_attention
         angles = self._angles(cache.position, ids)
-        x = self._stream(ids, cache.position, cache.rings(), angles, attend, partner_rows_prefill)
+        x = self._stream(ids, cache.position, cache.rings(), angles, attend, partner_rows_prefill, backend)
         cache.position += ids.shape[1]
         return x
 
@@ -444,13 +420,13 @@ class Butterfly(nn.Module):
         angles: Angles | None,
         attend: Callable[..., Tensor],
         partner_of: Callable[..., Tensor],
+        backend: Backend = "torch",
     ) -> Tensor:
         """Characters ids (B, T) or (B,) of a stream through all layers -> (B, T, d) or (B, d)."""
 
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
-            layer = cast(Layer, self.layers[index])
-            stride = self.routes[index].stride
-            return layer.stream(x, memory, stride, rings[index][:2], position, angles, attend)
+            layer, stride = cast(Layer, self.layers[index]), self.routes[index].stride
+            return layer.stream(x, memory, stride, rings[index][:2], position, angles, attend, backend)
 
         def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
             ring = rings[index][2]

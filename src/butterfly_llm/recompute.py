@@ -70,7 +70,7 @@ class SlicedLayer(Protocol):
     """What a layer must offer; characters are rows (T, .)."""
 
     project: Callable[[Any, Tensor, Tensor | None, Angles | None], tuple[Tensor, Tensor, Tensor]]
-    finish: Callable[[Any, Tensor, Tensor], Tensor]
+    finish: Callable[[Any, Tensor, Tensor, Any], Tensor]
 
     def __call__(
         self, x: Tensor, memory: Tensor | None, angles: Angles | None, stride: int, backend: Any
@@ -118,7 +118,7 @@ class _Recomputed(torch.autograd.Function):
         rows = x.flatten(0, 1)
         out = torch.empty_like(rows)
         for part in _slices(len(rows), slice_rows):
-            out[part] = layer.finish(layer, rows[part], y[part])
+            out[part] = layer.finish(layer, rows[part], y[part], backend)
         return out.view(x.shape)
 
     @staticmethod
@@ -145,7 +145,7 @@ class _Recomputed(torch.autograd.Function):
         for part in slices:
             inputs = [rows[part].detach().requires_grad_(), heard[part].requires_grad_()]
             with torch.enable_grad():
-                out = layer.finish(layer, *inputs)
+                out = layer.finish(layer, *inputs, backend)
             found = torch.autograd.grad(out, [*inputs, *finish], dout[part])
             dx[part], dy[part] = found[:2]
             _add(finish_sum, found[2:])

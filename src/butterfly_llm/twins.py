@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from butterfly_llm.cache import Cache
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.model import Butterfly, FeedForward, Layer, RMSNorm
+from butterfly_llm.model import Butterfly, Layer
+from butterfly_llm.modules import FeedForward, RMSNorm
 from butterfly_llm.ops.rope import Angles, position_table
 
 RECURRENT = ("gated-deltanet", "mamba2")
