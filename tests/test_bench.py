@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from butterfly_llm.bench import BENCHES
+from butterfly_llm.bench.train import step_operations
 from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.cli import main
 from butterfly_llm.config import ButterflyConfig
@@ -48,7 +49,17 @@ def test_train_prints_a_table_and_one_object(run):
     assert (code, err, result["bench"]) == (0, "", "train")
     assert [row["length"] for row in result["rows"]] == [64, 256]
     assert all(row["chars_per_second"] > 0 for row in result["rows"])
+    for row in result["rows"]:
+        share = row["model_tflops"] / result["matmul_tflops"]
+        assert row["share_of_matmul"] == pytest.approx(share, rel=0.01) and row["share_of_nominal"] is None
     assert f"{result['rows'][1]['chars_per_second']:,}" in table[-1]
+
+
+def test_operations_of_a_training_step_are_those_the_model_needs() -> None:
+    """6 a parameter outside the embedding; 8 + 16 visible keys in two products, three times."""
+    model = random_model(ButterflyConfig.preset("micro"))
+    matrices = 6 * (model.num_parameters() - 256 * 64)
+    assert step_operations(model) == matrices + 3 * 2 * 2 * (8 + 16) * 64 * 8
 
 
 def test_train_says_what_is_recomputed_and_how_much_memory_that_takes(run):

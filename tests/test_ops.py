@@ -12,6 +12,7 @@ from butterfly_llm.ops.loss import linear_cross_entropy
 from butterfly_llm.ops.reference import butterfly_attention_reference
 from butterfly_llm.ops.rope import rope_table, rotate
 from conftest import chunk_error
+from test_recompute import Peak
 
 TOPOLOGIES = ("shift", "xor", "xor_causal")
 # dtype -> largest chunk error allowed; the largest seen were 3e-15, 2.1e-6 and 0.0085
@@ -120,6 +121,20 @@ def test_sliced_loss_equals_the_plain_one_with_gradients() -> None:
         expected = torch.autograd.grad(plain, (hidden, weight), retain_graph=True)
         for a, b in zip(torch.autograd.grad(sliced, (hidden, weight)), expected, strict=True):
             assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sliced_loss_holds_the_logits_of_one_slice(weighted: bool) -> None:
+    """Forward and backward: nothing as large as all logits, and at no time more than a few slices of them."""
+    rows, vocab, size = 8192, 256, 8
+    hidden = torch.randn(rows, size, requires_grad=True)
+    weight = torch.randn(vocab, size, requires_grad=True)
+    targets, weights = torch.randint(0, vocab, (rows,)), torch.rand(rows) if weighted else None
+    with Peak() as peak:
+        linear_cross_entropy(hidden, weight, targets, weights, slice_rows=512).backward()
+    slice_bytes = 4 * 512 * vocab
+    assert slice_bytes <= peak.largest < 2 * slice_bytes
+    assert peak.most < 6 * slice_bytes < 4 * rows * vocab
 
 
 @pytest.mark.parametrize(

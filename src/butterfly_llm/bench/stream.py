@@ -42,9 +42,10 @@ def wait(device: str) -> None:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a 2048^3 product."""
-    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
-    return 2 * 2048**3 / seconds(lambda: a @ b, 5, device)
+    """Operations a second of a product of square matrices, large enough to hide its launch."""
+    size = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, 5, device)
 
 
 def read_bandwidth(device: str) -> float:

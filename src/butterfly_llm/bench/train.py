@@ -3,7 +3,8 @@
     butterfly bench train --preset small --chars 131072 --lengths 4096 65536
     butterfly bench train --preset full --levels 13 --chars 1048576 --lengths 1048576 --steps 2
 
-Random text: only shapes matter here.
+Random text: only shapes matter here. Model FLOPs utilisation counts what the model needs and nothing that is
+run twice: 6 operations a parameter (the embedding is a lookup) and character, and the visible keys.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, get_args
 import torch
 
 from butterfly_llm.bench import run
+from butterfly_llm.bench.stream import matmul_rate
 from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.memory import available_bytes
@@ -25,6 +27,17 @@ from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import backends
 from butterfly_llm.optim import Optimizers, fixed_bytes
 from butterfly_llm.recompute import Load, Mode, describe
+
+# Operations a second of dense bfloat16 products with float32 sums, as the makers state them.
+NOMINAL = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
+
+
+def step_operations(model: Butterfly) -> float:
+    """Of one training step, for each character: forward once and backward twice as much."""
+    config = model.config
+    keys = 1.5 * config.chunk_size * config.num_layers  # half of the own chunk, all of the partner
+    weights = model.num_parameters() - model.embed.weight.numel()
+    return 6 * weights + 12 * keys * config.num_heads * config.head_dim
 
 
 def time_steps(
@@ -84,9 +97,7 @@ def time_steps(
             seconds["optimiser"].append(end - backward)
     times = {key: sorted(values)[len(values) // 2] for key, values in seconds.items()}
     total = sum(times.values())
-    # 6 operations a parameter and character; attention: 4 * 256 keys * width, 3/4 of them visible, 3 times
-    attention = 12 * 2 * config.chunk_size * 0.75 * config.num_heads * config.head_dim * config.num_layers
-    rate = chars * (6 * model.num_parameters() + attention) / total
+    rate = chars * step_operations(model) / total
     return {
         "what": f"training, {backend}",
         "length": length,
@@ -98,7 +109,7 @@ def time_steps(
         "estimated_bytes": load.nbytes(plan),
         "ms": {key: round(1000 * value, 1) for key, value in times.items()},
         "chars_per_second": round(chars / total),
-        "model_tflops": round(rate / 1e12, 1),
+        "model_tflops": round(rate / 1e12, 5),
         "first_step_seconds": round(first, 1),
         "bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
     }
@@ -135,6 +146,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = ButterflyConfig.preset(options.preset)
     if options.levels is not None:
         config = config.with_levels(options.levels)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    nominal = next((rate for name, rate in NOMINAL.items() if name in device), None)
+    measured = matmul_rate(*(("cpu", torch.float32) if device == "cpu" else ("cuda", torch.bfloat16)))
     rows = []
     for backend in options.backends:
         if backends()[backend] != "available":
@@ -157,17 +171,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             except torch.OutOfMemoryError as failure:
                 print(f"{backend} at {length}: {str(failure).splitlines()[0]}")
                 continue
+            operations = 1e12 * row["model_tflops"]
+            row["share_of_matmul"] = round(operations / measured, 5)
+            row["share_of_nominal"] = round(operations / nominal, 3) if nominal else None
             rows.append(row)
             print(json.dumps(row), flush=True)
-    print(f"{'backend':10}{'length':>10}{'chars/s':>12}{'TFLOP/s':>10}{'first step':>12}{'peak GB':>9}")
+    names = ("chars/s", "TFLOP/s", "of matmul", "of nominal", "first step", "peak GB")
+    print(f"{'backend':10}{'length':>10}" + "".join(f"{name:>12}" for name in names))
     for row in rows:
-        peak = row["bytes"]
+        share, peak = row["share_of_nominal"], row["bytes"]
         print(
-            f"{row['backend']:10}{row['length']:>10}{row['chars_per_second']:>12,}{row['model_tflops']:>10}"
-            f"{row['first_step_seconds']:>11}s{f'{peak / 1e9:.1f}' if peak else '-':>9}"
+            f"{row['backend']:10}{row['length']:>10}{row['chars_per_second']:>12,}{row['model_tflops']:>12.1f}"
+            f"{row['share_of_matmul']:>12.1%}{'-' if share is None else f'{share:.1%}':>12}"
+            f"{row['first_step_seconds']:>11}s{f'{peak / 1e9:.1f}' if peak else '-':>12}"
         )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "torch": torch.__version__, "rows": rows}
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "matmul_tflops": round(measured / 1e12, 5),
+        "nominal_tflops": nominal and round(nominal / 1e12),
+        "rows": rows,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
