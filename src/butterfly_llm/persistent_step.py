@@ -38,24 +38,17 @@ def unsupported(config: ButterflyConfig, cache: Cache) -> str | None:
     return None
 
 
-def tiling(rows: int, row_bytes: int, programs: int) -> tuple[int, int]:
-    """(R, T): a program takes T tiles of R rows, R a power of two, such that all rows are taken.
+def tiling(rows: int, programs: int, num_warps: int) -> tuple[int, int]:
+    """(R, T): a program takes T tiles of R rows, such that all rows are taken.
 
-    Small matrices take one tile, which is quickest; of large ones no program shall have much more
-    than another.
+    R is a power of two, where it can be the number of warps: a warp with whole rows adds them up alone. T
+    is at most four, because the tiles of a program lie in its registers before their vector is there.
     """
     share = -(-rows // programs)
-    whole = 1 << (share - 1).bit_length()
-    if whole * row_bytes <= 8192 or programs == 1:
-        return whole, 1
-    return min(
-        (
-            (1 << power, -(-share // (1 << power)))
-            for power in range(6)
-            if -(-share // (1 << power)) in (1, 3)
-        ),
-        key=lambda tile: (tile[0] * tile[1], tile[1]),
-    )
+    size = num_warps
+    while size * 4 < share:
+        size *= 2
+    return size, -(-share // size)
 
 
 class PersistentStep:
@@ -107,13 +100,13 @@ class PersistentStep:
         half = config.head_dim // 2
         self.turns = torch.stack([cos[:, 0, half:], sin[:, 0, half:]]).contiguous().to(keys.device)
         tiles = {}
-        for name, rows, size in (
-            ("QKV", qkv, width),
-            ("OUT", width, queries),
-            ("UP", config.intermediate_size, width),
-            ("DOWN", width, config.intermediate_size),
+        for name, rows in (
+            ("QKV", qkv),
+            ("OUT", width),
+            ("UP", config.intermediate_size),
+            ("DOWN", width),
         ):
-            tiles[name + "_R"], tiles[name + "_T"] = tiling(rows, size * dtype.itemsize, programs)
+            tiles[name + "_R"], tiles[name + "_T"] = tiling(rows, programs, self.num_warps)
         self.constants = tiles | {
             "WIDTH": width,
             "HEADS": config.num_heads,

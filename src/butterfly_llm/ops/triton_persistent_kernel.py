@@ -26,6 +26,15 @@ def padded(size: int) -> int:
 
 
 @constexpr_function
+def block_of(size: int) -> int:
+    """Columns that are taken at once: as many as a warp loads together, of wide matrices as four warps do.
+
+    Every block of a vector is handed to all warps through shared memory, for itself.
+    """
+    return min(256 if size < 1024 else 1024, size & -size)
+
+
+@constexpr_function
 def wait_asm(count: int, pause: int) -> str:
     """Load `count` words until none is empty; a wait of seconds is an error of the launch."""
     loads = "".join(f"ld.relaxed.gpu.global.b32 ${i}, [${count + i}];" for i in range(count))
@@ -141,32 +150,28 @@ def _fetch_rows(w_ptr, first, rows, limit, K: tl.constexpr, FETCH: tl.constexpr)
 
 
 @triton.jit
-def _rows(w_ptr, first, limit, K: tl.constexpr, R: tl.constexpr):
-    """Rows first.. of a matrix (limit, K), padded with zeros to (R, padded(K))."""
-    PADDED: tl.constexpr = padded(K)
-    rows = first + tl.arange(0, R)
-    k = tl.arange(0, PADDED)
-    inside = (rows >= 0) & (rows < limit)
-    mask = inside[:, None] if PADDED == K else inside[:, None] & (k < K)[None, :]
-    return tl.load(w_ptr + rows[:, None] * K + k[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def _tiles(w_ptr, first, limit, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
+    """Rows first.. of a matrix (limit, K), zeros beyond: T times R of them, in blocks of columns each."""
+    BLOCK: tl.constexpr = block_of(K)
+    k = tl.arange(0, BLOCK)
     tiles = ()
-    for t in tl.static_range(T):
-        tiles = tiles + (_rows(w_ptr, first + t * R, limit, K, R),)  # noqa: RUF005 (Triton knows no star)
+    for i in tl.static_range(T):
+        rows = first + i * R + tl.arange(0, R)
+        inside = ((rows >= 0) & (rows < limit))[:, None]
+        for block in tl.static_range(K // BLOCK):
+            cells = w_ptr + rows[:, None] * K + (block * BLOCK + k)[None, :]
+            tiles = tiles + (tl.load(cells, mask=inside, other=0.0),)  # noqa: RUF005 (Triton knows no star)
     return tiles
 
 
 @triton.jit
 def _vector(ptr, K: tl.constexpr, THREADS: tl.constexpr, WAIT: tl.constexpr, PAUSE: tl.constexpr):
-    """K values, zero from there to padded(K), once they are there."""
-    k = tl.arange(0, padded(K))
-    x = _wait((ptr + tl.minimum(k, K - 1),), padded(K), THREADS, WAIT, PAUSE)[0]
-    if padded(K) != K:
-        x = tl.where(k < K, x, 0.0)
-    return x
+    """K values in blocks, once they are there."""
+    BLOCK: tl.constexpr = block_of(K)
+    pointers = ()
+    for block in tl.static_range(K // BLOCK):
+        pointers = pointers + (ptr + block * BLOCK + tl.arange(0, BLOCK),)  # noqa: RUF005
+    return _wait(pointers, BLOCK, THREADS, WAIT, PAUSE)
 
 
 @triton.jit
@@ -197,8 +202,13 @@ def _add4(a, b, c, d, e, f, g, h):
 
 
 @triton.jit
+def _add5(a, b, c, d, e, f, g, h, i, j):
+    return a + f, b + g, c + h, d + i, e + j
+
+
+@triton.jit
 def _sums(parts, AXIS: tl.constexpr, WAIT: tl.constexpr):
-    """The sums of up to four blocks along an axis: in one reduction, except in the interpreter."""
+    """The sums of up to five blocks along an axis: in one reduction, except in the interpreter."""
     N: tl.constexpr = len(parts)
     if WAIT and N == 2:
         return tl.reduce(parts, AXIS, _add2)
@@ -206,6 +216,8 @@ def _sums(parts, AXIS: tl.constexpr, WAIT: tl.constexpr):
         return tl.reduce(parts, AXIS, _add3)
     elif WAIT and N == 4:
         return tl.reduce(parts, AXIS, _add4)
+    elif WAIT and N == 5:
+        return tl.reduce(parts, AXIS, _add5)
     else:
         sums = ()
         for i in tl.static_range(N):
@@ -214,24 +226,22 @@ def _sums(parts, AXIS: tl.constexpr, WAIT: tl.constexpr):
 
 
 @triton.jit
-def _times(tiles, x, WAIT: tl.constexpr):
-    """Each tile (R, .) times x, and last the sum of x's squares, for every row."""
-    N: tl.constexpr = len(tiles)
-    rows = tl.broadcast_to(x[None, :], tiles[0].shape)
+def _times(tiles, x, SQUARES: tl.constexpr, WAIT: tl.constexpr):
+    """Rows of `_tiles` times the blocks x: T sums (R,), with SQUARES also that of x's squares in each row."""
+    BLOCKS: tl.constexpr = len(x)
+    T: tl.constexpr = len(tiles) // len(x)
     parts = ()
-    for i in tl.static_range(N):
-        parts = parts + (tiles[i].to(tl.float32) * rows,)  # noqa: RUF005
-    parts = parts + (rows * rows,)  # noqa: RUF005
-    return _sums(parts, 1, WAIT)
-
-
-@triton.jit
-def _times_plain(tiles, x, WAIT: tl.constexpr):
-    """Each tile (R, .) times x."""
-    N: tl.constexpr = len(tiles)
-    parts = ()
-    for i in tl.static_range(N):
-        parts = parts + (tiles[i].to(tl.float32) * x[None, :],)  # noqa: RUF005
+    for i in tl.static_range(T):
+        part = tiles[i * BLOCKS].to(tl.float32) * x[0][None, :]
+        for block in tl.static_range(1, BLOCKS):
+            part += tiles[i * BLOCKS + block].to(tl.float32) * x[block][None, :]
+        parts = parts + (part,)  # noqa: RUF005
+    if SQUARES:
+        part = tl.zeros(tiles[0].shape, tl.float32)
+        for block in tl.static_range(BLOCKS):
+            rows = tl.broadcast_to(x[block][None, :], part.shape)
+            part += rows * rows
+        parts = parts + (part,)  # noqa: RUF005
     return _sums(parts, 1, WAIT)
 
 
@@ -328,8 +338,8 @@ def persistent_kernel(
         exists = chunk >= stride if SHIFT else (chunk & stride) != 0
 
         if CARRY > 0:
-            lanes_ptr = scans_ptr + read * CARRY + tl.minimum(lane, CARRY - 1)
-            glance = _glance(lanes_ptr)
+            lanes_ptr = scans_ptr + read * CARRY
+            places, glances = _glances(lanes_ptr, 0, CARRY, block_of(CARRY), CARRY // block_of(CARRY))
         _fetch_rows(w_ptr + W_UP, pid * UP_R * UP_T, UP_R * UP_T, FF, WIDTH, FETCH)
         if GATED:
             _fetch_rows(w_ptr + W_GATED, pid * UP_R * UP_T, UP_R * UP_T, FF, WIDTH, FETCH)
@@ -340,13 +350,13 @@ def persistent_kernel(
                 write_ptr = writes_ptr + write * (2 * CARRY * WIDTH)
                 bias_ptr = biases_ptr + write * (2 * CARRY)
                 for row in range(pid * CARRY_R, CARRY, programs * CARRY_R):
-                    gates = _rows(write_ptr, row, CARRY, WIDTH, CARRY_R)
-                    values = _rows(write_ptr + CARRY * WIDTH, row, CARRY, WIDTH, CARRY_R)
+                    tiles = _tiles(write_ptr, row, CARRY, WIDTH, CARRY_R, 1)
+                    tiles = tiles + _tiles(write_ptr + CARRY * WIDTH, row, CARRY, WIDTH, CARRY_R, 1)
                     at = row + tl.arange(0, CARRY_R)
                     gate_bias = tl.load(bias_ptr + at, mask=at < CARRY, other=0.0)
                     value_bias = tl.load(bias_ptr + CARRY + at, mask=at < CARRY, other=0.0)
                     x = _vector(x_ptr, WIDTH, THREADS, WAIT, PAUSE)
-                    gate, value, squares = _times((gates, values), x, WAIT)
+                    gate, value, squares = _times(tiles, x, True, WAIT)
                     scale = 1.0 / tl.sqrt(squares / WIDTH + eps)
                     value = value * scale + value_bias
                     value = value / (1.0 + tl.exp(-gate * scale - gate_bias))
@@ -358,11 +368,13 @@ def persistent_kernel(
             tiles = _tiles(w_ptr, first, QKV, WIDTH, QKV_R, QKV_T)
             if CARRY > 0:
                 reads = _tiles(w_ptr + W_READ, first - QUERIES, 2 * KV_HEADS * D, CARRY, QKV_R, QKV_T)
-                lanes = tl.where(lane < CARRY, _settle(glance, lanes_ptr, WAIT), 0.0)
-                heard = _times(reads, lanes, WAIT)
+                lanes = ()
+                for block in tl.static_range(CARRY // block_of(CARRY)):
+                    lanes = lanes + (_settle(glances[block], places[block], WAIT),)  # noqa: RUF005
+                heard = _times(reads, lanes, True, WAIT)
                 heard_scale = 1.0 / tl.sqrt(heard[QKV_T] / CARRY + eps)
             x = _vector(x_ptr, WIDTH, THREADS, WAIT, PAUSE)
-            totals = _times(tiles, x, WAIT)
+            totals = _times(tiles, x, True, WAIT)
             scale = 1.0 / tl.sqrt(totals[QKV_T] / WIDTH + eps)
             for i in tl.static_range(QKV_T):
                 at = first + i * QKV_R + tl.arange(0, QKV_R)
@@ -462,38 +474,45 @@ def persistent_kernel(
                     w_far = tl.load(cells + CARRY, mask=inside, other=0.0)
                     total = tl.load(vector_ptr + V_BIAS + at, mask=at < CARRY, other=0.0)
                     at_ptr = scan_ptr + tl.minimum(at, CARRY - 1)
-                    own = _glance(at_ptr)
-                    scan = _vector(scan_ptr, CARRY, THREADS, WAIT, PAUSE)
+                    seen = _glance(at_ptr)
+                    scan = _wait(
+                        (scan_ptr + tl.minimum(lane, CARRY - 1),), padded(CARRY), THREADS, WAIT, PAUSE
+                    )[0]
                     product = w_own.to(tl.float32) * scan[None, :]
                     total += tl.sum(product + w_far.to(tl.float32) * partner.to(tl.float32)[None, :], 1)
-                    own = _settle(own, at_ptr, WAIT)
-                    tl.store(own_ptr + at, own.to(kind), mask=at < CARRY)
-                    own += part / (1.0 + tl.exp(-total))
-                    _send_rows(scans_ptr + merged * CARRY + at, own, at < CARRY, WAIT)
+                    value = _settle(seen, at_ptr, WAIT)
+                    tl.store(own_ptr + at, value.to(kind), mask=at < CARRY)
+                    value += part / (1.0 + tl.exp(-total))
+                    _send_rows(scans_ptr + merged * CARRY + at, value, at < CARRY, WAIT)
 
         first = pid * (OUT_R * OUT_T)
         if first < WIDTH:
             tiles = _tiles(w_ptr + W_OUT, first, WIDTH, QUERIES, OUT_R, OUT_T)
-            places, xs = _glances(x_ptr, first, WIDTH, OUT_R, OUT_T)
-            k = tl.minimum(tl.arange(0, padded(QUERIES)), QUERIES - 1)
-            parts = ()
-            for i in tl.static_range(SPLITS):
-                o_ptr = x_ptr + X_O + i * QUERIES + k
-                parts = parts + (o_ptr, x_ptr + X_LSE + i * HEADS + k // D)  # noqa: RUF005
-            parts = _wait(parts, padded(QUERIES), THREADS, WAIT, PAUSE)
-            top = parts[1]
-            for i in tl.static_range(1, SPLITS):
-                top = tl.maximum(top, parts[2 * i + 1])
-            y = 0.0
-            total = 0.0
-            for i in tl.static_range(SPLITS):
-                share = tl.exp2(parts[2 * i + 1] - top)
-                y += parts[2 * i] * share
-                total += share
-            totals = _times_plain(tiles, y / total, WAIT)
+            own_places, own = _glances(x_ptr, first, WIDTH, OUT_R, OUT_T)
+            OUT_K: tl.constexpr = block_of(QUERIES)
+            pointers = ()
+            for block in tl.static_range(QUERIES // OUT_K):
+                k = block * OUT_K + tl.arange(0, OUT_K)
+                for i in tl.static_range(SPLITS):
+                    o_ptr = x_ptr + X_O + i * QUERIES + k
+                    pointers = pointers + (o_ptr, x_ptr + X_LSE + i * HEADS + k // D)  # noqa: RUF005
+            parts = _wait(pointers, OUT_K, THREADS, WAIT, PAUSE)
+            y = ()
+            for block in tl.static_range(QUERIES // OUT_K):
+                top = parts[2 * block * SPLITS + 1]
+                for i in tl.static_range(1, SPLITS):
+                    top = tl.maximum(top, parts[2 * (block * SPLITS + i) + 1])
+                whole = tl.zeros((OUT_K,), tl.float32)
+                total = tl.zeros((OUT_K,), tl.float32)
+                for i in tl.static_range(SPLITS):
+                    share = tl.exp2(parts[2 * (block * SPLITS + i) + 1] - top)
+                    whole += share
+                    total += share * parts[2 * (block * SPLITS + i)]
+                y = y + (total / whole,)  # noqa: RUF005
+            totals = _times(tiles, y, False, WAIT)
             for i in tl.static_range(OUT_T):
                 at = first + i * OUT_R + tl.arange(0, OUT_R)
-                x = totals[i] + _settle(xs[i], places[i], WAIT)
+                x = totals[i] + _settle(own[i], own_places[i], WAIT)
                 _send_rows(x_ptr + X_MIDDLE + at, x, at < WIDTH, WAIT)
 
         if FETCH:  # noqa: SIM102
@@ -520,10 +539,10 @@ def persistent_kernel(
             if GATED:
                 others = _tiles(w_ptr + W_GATED, first, FF, WIDTH, UP_R, UP_T)
             x = _vector(x_ptr + X_MIDDLE, WIDTH, THREADS, WAIT, PAUSE)
-            totals = _times(tiles, x, WAIT)
+            totals = _times(tiles, x, True, WAIT)
             scale = 1.0 / tl.sqrt(totals[UP_T] / WIDTH + eps)
             if GATED:
-                gated = _times_plain(others, x, WAIT)
+                gated = _times(others, x, False, WAIT)
             for i in tl.static_range(UP_T):
                 at = first + i * UP_R + tl.arange(0, UP_R)
                 total = totals[i] * scale
@@ -537,16 +556,17 @@ def persistent_kernel(
         first = pid * (DOWN_R * DOWN_T)
         if first < WIDTH:
             tiles = _tiles(w_ptr + W_DOWN, first, WIDTH, FF, DOWN_R, DOWN_T)
-            places, xs = _glances(x_ptr + X_MIDDLE, first, WIDTH, DOWN_R, DOWN_T)
-            totals = _times_plain(tiles, _vector(x_ptr + X_HIDDEN, FF, THREADS, WAIT, PAUSE), WAIT)
+            own_places, own = _glances(x_ptr + X_MIDDLE, first, WIDTH, DOWN_R, DOWN_T)
+            hidden = _vector(x_ptr + X_HIDDEN, FF, THREADS, WAIT, PAUSE)
+            totals = _times(tiles, hidden, False, WAIT)
             for i in tl.static_range(DOWN_T):
                 at = first + i * DOWN_R + tl.arange(0, DOWN_R)
-                x = totals[i] + _settle(xs[i], places[i], WAIT)
+                x = totals[i] + _settle(own[i], own_places[i], WAIT)
                 _send_rows(x_ptr + X_LAYER + at, x, at < WIDTH, WAIT)
 
     for row in range(pid * HEAD_R, VOCAB, programs * HEAD_R):
-        tiles = (_rows(weights_ptr, row, VOCAB, WIDTH, HEAD_R),)
+        tiles = _tiles(weights_ptr, row, VOCAB, WIDTH, HEAD_R, 1)
         x = _vector(values_ptr + num_layers * X_LAYER, WIDTH, THREADS, WAIT, PAUSE)
-        total, squares = _times(tiles, x, WAIT)
+        total, squares = _times(tiles, x, True, WAIT)
         at = row + tl.arange(0, HEAD_R)
         tl.store(logits_ptr + at, total / tl.sqrt(squares / WIDTH + eps), mask=at < VOCAB)
