@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.ops.reference import butterfly_attention_reference
 from butterfly_llm.plot.attention import attention_map, plot_attention
+from butterfly_llm.plot.kernels import plot_kernels
 from butterfly_llm.plot.peers import plot_peers, plot_twins
 from butterfly_llm.plot.results import (
     _read_metrics,
@@ -173,6 +174,29 @@ def test_scaling_figure_shows_speed_and_memory(tmp_path, labels):
     labels.clear()
     plot_scaling([file], tmp_path / "scaling.png")
     assert "characters a second" in labels and "memory" not in labels
+
+
+def test_kernel_figure_shows_times_and_shares(tmp_path, labels):
+    def both(forward, backward):
+        return {"forward_ms": forward, "forward_backward_ms": backward}
+
+    sections = {
+        "1048576 characters": {"floor": both(2, 6), "shipped": both(2.5, 10), "gather + SDPA": "Skipped"},
+        "65536 characters": {
+            "floor": both(0.1, 0.3), "shipped": both(0.2, 0.4), "full causal": {"forward_ms": 1234.5},
+        },
+        "step": {"1 streams": {"error": 0.1}},
+    }  # fmt: skip
+    file = tmp_path / "ops.json"
+    file.write_text(json.dumps(sections, indent=1))
+    plot_kernels(file, tmp_path / "kernels.png")
+    wanted = {"0.2 ms, 50% of the floor", "0.4 ms, 75% of the floor", "2.5 ms, 80% of the floor", "1,234 ms"}
+    assert wanted | {"65,536 characters", "1,048,576 characters", "this project"} <= set(labels)
+    assert "this pattern, gathered for SDPA" not in labels
+    del sections["65536 characters"]["shipped"]
+    file.write_text(json.dumps(sections))
+    with pytest.raises(ValueError, match=r"ops\.json: not the output of butterfly bench ops"):
+        plot_kernels(file, tmp_path / "x.png")
 
 
 def test_scaling_figure_has_a_curve_for_each_number_of_streams(tmp_path, labels):

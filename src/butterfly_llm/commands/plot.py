@@ -16,16 +16,16 @@ class Plot:
     """Draw a figure as PNG or SVG: of the routing, of a run, of measurements, of attention."""
 
     figure: tyro.conf.Positional[
-        Literal["routing", "reach", "loss", "context", "scaling", "peers", "twins", "attention"]
+        Literal["routing", "reach", "loss", "context", "scaling", "peers", "twins", "kernels", "attention"]
     ]
     """routing: who hears whom; reach: pairs connected by depth; loss: a training run; context: bits by
     position; scaling: speed and memory by length; peers: the same beside other architectures; twins: what
-    other architectures learn; attention: where a layer looks."""
+    other architectures learn; kernels: attention against the floor; attention: where a layer looks."""
     out: Path
     """The file to write, .png or .svg."""
     sources: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """loss: the metrics.jsonl of a run; context: outputs of butterfly eval --json; scaling, peers, twins:
-    outputs of butterfly bench; attention: a text, or this package's source if none is given."""
+    """loss: the metrics.jsonl of a run; context: outputs of butterfly eval --json; scaling, peers, twins,
+    kernels: outputs of butterfly bench; attention: a text, or this package's source if none is given."""
     layer: int = 24
     """attention: which layer, counted from 0."""
     head: int | None = None
@@ -38,7 +38,7 @@ class Plot:
     """attention: where to run; auto takes a GPU where there is one."""
 
     def run(self) -> None:
-        from butterfly_llm.plot import peers, results, routing
+        from butterfly_llm.plot import kernels, peers, results, routing
 
         if self.figure == "routing":
             routing.plot_routing(self.out)
@@ -53,6 +53,7 @@ class Plot:
                 "scaling": "of what? give outputs of butterfly bench",
                 "peers": "of what? give outputs of butterfly bench peers",
                 "twins": "of what? give the output of butterfly bench twins",
+                "kernels": "of what? give the output of butterfly bench ops",
             }
             raise ValueError(f"plot {self.figure}: {what[self.figure]}")
         elif self.figure == "context":
@@ -65,6 +66,8 @@ class Plot:
             raise ValueError(f"plot {self.figure}: one run at a time")
         elif self.figure == "twins":
             peers.plot_twins(self.sources[0], self.out)
+        elif self.figure == "kernels":
+            kernels.plot_kernels(self.sources[0], self.out)
         else:
             results.plot_loss(self.sources[0], self.out)
         print(self.out)
