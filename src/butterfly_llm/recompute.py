@@ -112,6 +112,8 @@ class _Recomputed(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, memory)
         ctx.rest = layer, angles, stride, backend, slice_rows
+        if x.shape[:2].numel() <= slice_rows:
+            return layer(x, memory, angles, stride, backend)
         q, k, v = _project(layer, x, memory, angles, slice_rows)
         y = layer.attend(q, k, v, stride, backend).flatten(0, 1)
         del q, k, v
@@ -269,8 +271,15 @@ class Load:
         if mode == "layer":
             return Recompute()
         if mode == "auto":
-            whole = [Recompute(whole=count) for count in range(layers - 1, -1, -1)]
-            if found := next(filter(fits, whole), None):
+            sizes = (self.chars, Recompute.slice_rows)
+            plans = [Recompute(whole=n, slice_rows=rows) for n in range(layers - 1, -1, -1) for rows in sizes]
+
+            def cost(recompute: Recompute) -> float:
+                """Layers run again; slices project twice, which is about a third of a layer."""
+                again = layers - recompute.whole
+                return again if recompute.slice_rows >= self.chars else 4 / 3 * again
+
+            if found := min(filter(fits, plans), key=cost, default=None):
                 return found
         fewest = fewest_slots(layers)
         slots = (slots for slots in range(layers - 1, fewest, -1) if fits(Recompute(slots)))
