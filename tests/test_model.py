@@ -22,6 +22,7 @@ VARIANTS = {
     "no carry": dataclasses.replace(MICRO, carry_size=0),
     "grouped, gated": dataclasses.replace(MICRO, num_kv_heads=1, feed_forward="swiglu", rope_theta=None),
     "xor_causal": dataclasses.replace(MICRO, routing="xor_causal"),
+    "carry with heads": dataclasses.replace(MICRO, carry_heads=4),
     "extra levels": dataclasses.replace(MICRO, num_extra_levels=2),
 }
 

@@ -37,7 +37,7 @@ def cache_nbytes(config: ButterflyConfig, batch_size: int = 1, dtype: torch.dtyp
         carried = route.stage == "butterfly" and config.carry_size > 0
         chars = (route.stride + 1) * config.chunk_size
         rows += chars * (2 * config.num_kv_heads + carried)
-        values += chars * (2 * config.num_kv_heads * config.head_dim + carried * config.carry_size)
+        values += chars * (2 * config.num_kv_heads * config.head_dim + carried * config.carry_width)
     scales = 4 * rows if dtype == torch.int8 else 0
     return batch_size * (values * dtype.itemsize + scales)
 
@@ -110,7 +110,7 @@ class Cache:
 
             shape = (batch_size, config.num_kv_heads, config.chunk_size, config.head_dim)
             carried = route.stage == "butterfly" and config.carry_size > 0
-            carry = ring(batch_size, config.chunk_size, config.carry_size) if carried else None
+            carry = ring(batch_size, config.chunk_size, config.carry_width) if carried else None
             layers.append((ring(*shape), ring(*shape), carry))
         return cls._of(config, 0, layers, paged=dtype == torch.int8)
 

@@ -45,6 +45,9 @@ class ButterflyConfig:
     """Characters in a chunk."""
     carry_size: int = 64
     """Width of the carry, the memory stream that rides the routing; 0 switches it off."""
+    carry_heads: int = 0
+    """Parts of the carry that each keep a mean of what their lane has heard, by the softmax of its scores;
+    0: a gated sum."""
     routing: Routing = "shift"
     """Partner rule: shift (causal), xor (bidirectional encoder), xor_causal (ablation)."""
     rope_theta: float | None = 10000.0
@@ -76,6 +79,10 @@ class ButterflyConfig:
                 f"config: num_extra_levels {self.num_extra_levels} must be below num_levels "
                 f"{self.num_levels}: raise num_passes instead"
             )
+        if self.carry_heads and self.carry_size % self.carry_heads:
+            raise ValueError(
+                f"config: carry_heads {self.carry_heads} must divide carry_size {self.carry_size}"
+            )
         if self.num_levels > 24:
             raise ValueError(f"config: num_levels {self.num_levels} is above 24 (2 billion characters)")
         if not 1 <= self.num_layers <= _MAX_LAYERS:
@@ -100,6 +107,11 @@ class ButterflyConfig:
     @property
     def num_layers(self) -> int:
         return self.num_local_layers + self.num_butterfly_layers + self.num_refine_layers
+
+    @property
+    def carry_width(self) -> int:
+        """Numbers in a row of the carry, scores included."""
+        return self.carry_size + (self.carry_heads if self.carry_size else 0)
 
     @property
     def causal(self) -> bool:
@@ -143,7 +155,7 @@ class ButterflyConfig:
 _MAX_SIZE = 2**20
 _MAX_LAYERS = 512
 _MAY_BE_ZERO = frozenset(
-    {"num_local_layers", "num_passes", "num_extra_levels", "num_refine_layers", "carry_size"}
+    {"num_local_layers", "num_passes", "num_extra_levels", "num_refine_layers", "carry_size", "carry_heads"}
 )
 
 PRESETS: dict[str, ButterflyConfig] = {

@@ -24,11 +24,13 @@ class FusedStep:
     """`step_each` of a model, frozen: parameters that change later are not seen."""
 
     def __init__(self, model: Butterfly) -> None:
-        """ValueError for gated feed-forward layers, which have no kernel."""
+        """ValueError for gated feed-forward layers and carries with heads, which have no kernel."""
         if model.config.feed_forward != "relu2":
             raise ValueError(
                 f"fused step: feed_forward {model.config.feed_forward!r} has no kernel, relu2 has"
             )
+        if model.config.carry_heads:
+            raise ValueError("fused step: a carry with heads has no kernel, a gated one has")
         self.config, self.routes = model.config, model.routes
         dtype = model.compute_dtype
         self.weights = {name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()}

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from butterfly_llm.cache import Cache, prefill_slice, routes_of
+from butterfly_llm.carry import CarryMerge, CarryWrite, lanes_of
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.modules import FeedForward, Linear, RMSNorm
 from butterfly_llm.ops import Backend, butterfly_attention, default_backend, numpy_step
@@ -59,16 +60,18 @@ class Attention(nn.Module):
         self.out = Linear(self.query_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.read_norm = RMSNorm(config.carry_size, config.norm_eps) if reads_carry else None
+        gated = reads_carry and not config.carry_heads
+        self.read_norm = RMSNorm(config.carry_size, config.norm_eps) if gated else None
         self.read = Linear(config.carry_size, 2 * self.kv_size, bias=False) if reads_carry else None
         nn.init.zeros_(self.out.weight)
 
     def project(self, x: Tensor, memory: Tensor | None, angles: Angles | None) -> QueryKeyValue:
         """x (T, d), memory (T, M) -> q (T, H, D), k and v (T, K, D)."""
         q, kv = self.qkv(x).split([self.query_size, 2 * self.kv_size], -1)
-        if self.read is not None and self.read_norm is not None:
+        if self.read is not None:
             assert memory is not None
-            kv = kv + self.read(self.read_norm(memory))
+            lanes = lanes_of(memory, self.config.carry_heads)
+            kv = kv + self.read(lanes if self.read_norm is None else self.read_norm(lanes))
         k, v = kv.split(self.kv_size, -1)
         heads = (-1, self.config.head_dim)
         return (
@@ -163,35 +166,6 @@ class Layer(nn.Module):
         if backend == "triton" and takes(x, self.config.intermediate_size, inner.gated):
             return relu2_feed_forward(x, norm.weight, inner.up.weight, inner.down.weight, norm.eps)
         return cast(Tensor, x + inner(norm(x)))
-
-
-class CarryWrite(nn.Module):
-    """What a character puts into the carry at the start of a pass: sigmoid(a) * b."""
-
-    def __init__(self, config: ButterflyConfig) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.linear = Linear(config.hidden_size, 2 * config.carry_size)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d) -> (..., M)."""
-        gate, value = self.linear(self.norm(x)).chunk(2, -1)
-        return cast(Tensor, torch.sigmoid(gate) * value)
-
-
-class CarryMerge(nn.Module):
-    """One level of the scan: m + sigmoid(W [m; partner] + 2) * partner, the same lane of the two chunks."""
-
-    def __init__(self, config: ButterflyConfig) -> None:
-        super().__init__()
-        self.linear = Linear(2 * config.carry_size, config.carry_size)
-        nn.init.constant_(self.linear.bias, 2.0)
-
-    def forward(self, carry: Tensor, partner: Tensor) -> Tensor:
-        """carry and partner (..., M) -> (..., M); a missing partner is zero and adds nothing."""
-        gate = torch.sigmoid(self.linear(torch.cat([carry, partner], -1)))
-        return carry + gate * partner
 
 
 class Butterfly(nn.Module):
@@ -523,6 +497,9 @@ class Butterfly(nn.Module):
         def vector(parameter: Tensor | nn.Module) -> numpy_step.Array:
             return cast(Tensor, parameter).detach().numpy()
 
+        def merged(merge: CarryMerge) -> tuple[numpy_step.Array, ...]:
+            return (vector(merge.bias),) if merge.heads else (matrix(merge.linear), vector(merge.linear.bias))
+
         config = self.config
         layers, merges = [], iter(self.merges)
         for route, module in zip(self.routes, self.layers, strict=True):
@@ -548,7 +525,7 @@ class Butterfly(nn.Module):
                     write=None
                     if write is None
                     else (vector(write.norm.weight), matrix(write.linear), vector(write.linear.bias)),
-                    merge=None if merge is None else (matrix(merge.linear), vector(merge.linear.bias)),
+                    merge=None if merge is None else merged(merge),
                 )
             )
         positions = torch.arange(2 * config.chunk_size)
@@ -566,6 +543,7 @@ class Butterfly(nn.Module):
             chunk_size=config.chunk_size,
             topology=config.routing,
             gated=config.feed_forward == "swiglu",
+            carry_heads=config.carry_heads,
             eps=config.norm_eps,
         )
         return self._numpy

@@ -233,7 +233,7 @@ class Load:
     def nbytes(self, recompute: Recompute | None) -> int:
         """About the peak of a training step; None keeps every activation."""
         config = self.config
-        hidden, carry = config.hidden_size, config.carry_size
+        hidden, carry = config.hidden_size, config.carry_width
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         wide = (5 if config.feed_forward == "swiglu" else 3) * config.intermediate_size
         layer = 5 * hidden + 8 * queries + wide + 6 * carry

@@ -6,7 +6,7 @@ every product with a weight, which is then read once for all, and attend one by 
 its own. All arrays are views of the model's parameters and of the caches: nothing is copied or goes stale.
 
 Shapes: ... nothing for one stream, (B,) for several; d hidden size, H heads, K key-value heads, D head size,
-M carry size, L chunk, S ring slots.
+M carry size, G heads of the carry, L chunk, S ring slots.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class LayerWeights:
     down: Array
     read_norm: Array | None  # (M,)
     read: Array | None  # (M, 2 K D)
-    write: tuple[Array, Array, Array] | None  # norm (d,), matrix (d, 2M), bias (2M,); where a pass starts
-    merge: tuple[Array, Array] | None  # matrix (2M, M), bias (M,)
+    write: tuple[Array, Array, Array] | None  # norm (d,), matrix (d, X), bias (X,), X 2M or G + M
+    merge: tuple[Array, ...] | None  # matrix (2M, M), bias (M,); with heads bias (G,)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Weights:
     chunk_size: int
     topology: Topology
     gated: bool
+    carry_heads: int
     eps: float
 
 
@@ -140,6 +141,29 @@ def _partner(scan: Array, rings: Rings, position: int, weights: Weights, stride:
     return cast(Array, carries[(chunk + 1) % slots, offset])
 
 
+def _written(both: Array, weights: Weights) -> Array:
+    """What a character puts into the carry, as `CarryWrite`: both (..., 2M) -> (..., M), or (..., G + M)."""
+    heads = weights.carry_heads
+    if not heads:
+        gate, value = np.split(both, 2, -1)
+        return cast(Array, _sigmoid(gate) * value)
+    values = both[..., heads:].reshape(*both.shape[:-1], heads, -1)
+    mean_square = np.einsum("...m,...m->...", values, values) / values.shape[-1]
+    values = values / np.sqrt(mean_square + np.float32(weights.eps))[..., None]
+    return np.concatenate([both[..., :heads], values.reshape(*both.shape[:-1], -1)], -1)
+
+
+def _merged(scan: Array, partner: Array, merge: tuple[Array, ...], heads: int) -> Array:
+    """One level of the carry, as `CarryMerge`: (..., M), or (..., G + M)."""
+    if not heads:
+        matrix, bias = merge
+        return cast(Array, scan + _sigmoid(np.concatenate([scan, partner], -1) @ matrix + bias) * partner)
+    own, far = scan[..., :heads], partner[..., :heads] - merge[0]
+    ours, theirs = (x[..., heads:].reshape(*x.shape[:-1], heads, -1) for x in (scan, partner))
+    values = ours + _sigmoid(far - own)[..., None] * (theirs - ours)
+    return np.concatenate([np.logaddexp(own, far), values.reshape(*scan.shape[:-1], -1)], -1)
+
+
 def _feed_forward(x: Array, layer: LayerWeights, gated: bool) -> Array:
     """x (..., d), normalised -> (..., d)."""
     hidden, down = x @ layer.up, layer.down
@@ -186,12 +210,14 @@ def step(
         places = [(ring[i], position) for ring, position in zip(rings, positions, strict=True)]
         if layer.write is not None:
             norm, matrix, bias = layer.write
-            gate, value = np.split(_norm(x, norm, eps) @ matrix + bias, 2, -1)
-            scan = _sigmoid(gate) * value
+            scan = _written(_norm(x, norm, eps) @ matrix + bias, weights)
         qkv = _norm(x, layer.attention_norm, eps) @ layer.qkv
-        if layer.read is not None and layer.read_norm is not None:
+        if layer.read is not None:
             memory = scan if finished is None or route.pass_index == 0 else finished
-            qkv[..., -layer.read.shape[1] :] += _norm(memory, layer.read_norm, eps) @ layer.read
+            memory = memory[..., weights.carry_heads :]
+            if layer.read_norm is not None:
+                memory = _norm(memory, layer.read_norm, eps)
+            qkv[..., -layer.read.shape[1] :] += memory @ layer.read
         heard = [
             _attend(row, layer, *at, share, weights, stride)
             for row, at, share in zip(rows(qkv), places, heard_by, strict=True)
@@ -199,10 +225,9 @@ def step(
         x = x + joined(heard) @ layer.out
         x = x + _feed_forward(_norm(x, layer.feed_forward_norm, eps), layer, weights.gated)
         if layer.merge is not None:
-            matrix, bias = layer.merge
             lanes = zip(rows(scan), places, strict=True)
             partner = joined([_partner(lane, *at, weights, stride) for lane, at in lanes])
-            scan = scan + _sigmoid(np.concatenate([scan, partner], -1) @ matrix + bias) * partner
+            scan = _merged(scan, partner, layer.merge, weights.carry_heads)
             if route.ends_pass:
                 finished = scan
     return rows(_norm(x, weights.norm, eps) @ weights.head)

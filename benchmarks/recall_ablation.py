@@ -1,0 +1,106 @@
+"""Which carry and which curriculum learn to relay in real text: equal characters, one row each.
+
+    python benchmarks/recall_ablation.py CORPUS --steps 1800 "gated:" "softmax:carry_heads=4"
+
+CORPUS is a folder with train.bin and val.bin. A variant is a name and changed settings: fields of the model,
+or of the run as train.FIELD. Each is trained from nothing on windows of --length characters, into all of
+which facts are planted (`recall.curriculum`), then asked at every number of hops among 15 other facts. A row
+of JSON for each goes to standard output and, with --save, to a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from butterfly_llm.config import ButterflyConfig, TrainConfig
+from butterfly_llm.data import Corpus
+from butterfly_llm.recall import Needles, evaluate_recall
+from butterfly_llm.train import train
+
+
+def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """ "name:key=value,train.key=value" -> name, fields of the model, fields of the run."""
+    name, _, rest = text.partition(":")
+    model: dict[str, Any] = {}
+    run: dict[str, Any] = {}
+    for change in filter(None, rest.split(",")):
+        key, _, value = change.partition("=")
+        target = run if key.startswith("train.") else model
+        target[key.removeprefix("train.")] = tomllib.loads(f"value = {value}")["value"]
+    return name, model, run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("variants", nargs="+")
+    parser.add_argument("--length", type=int, default=4096, help="characters in a window")
+    parser.add_argument("--levels", type=int, help="levels in a pass; default: as the length needs")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--chars", type=int, default=65_536, help="characters in a step")
+    parser.add_argument("--windows", type=int, default=32, help="asked at each number of hops")
+    parser.add_argument("--save", type=Path, help="append the rows to this file")
+    options = parser.parse_args()
+    text = bytes(Corpus(options.corpus / "val.bin").data)
+    for variant in options.variants:
+        name, model_changes, run_changes = settings(variant)
+        levels = options.levels or (options.length // 128 - 1).bit_length()
+        model_config = ButterflyConfig.preset(
+            "small", hidden_size=options.width, num_heads=options.width // 64,
+            num_kv_heads=options.width // 64, intermediate_size=4 * options.width,
+            carry_size=options.width // 4,
+            num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2,
+        )  # fmt: skip
+        model_config = ButterflyConfig.from_dict(model_config.to_dict() | model_changes)
+        with tempfile.TemporaryDirectory() as out:
+            config = TrainConfig.from_dict({
+                "corpus": str(options.corpus), "out": out, "steps": options.steps,
+                "batch_chars": options.chars, "lengths": [[1.0, options.length]], "learning_rate": 2e-3,
+                "warmup_steps": 50, "decay_from": 0.5,
+                "final_rate": 0.05, "decay": "linear", "compile": torch.cuda.is_available(), "log_every": 100,
+                "val_chars": 1 << 20, "val_length": options.length, "checkpoint_minutes": 0.0,
+                "recall_share": 1.0,
+            } | run_changes)  # fmt: skip
+            begun = time.perf_counter()
+            result = train(
+                config, model_config,
+                corpus=Corpus(options.corpus / "train.bin"), val_corpus=Corpus(options.corpus / "val.bin"),
+            )  # fmt: skip
+        seconds = time.perf_counter() - begun
+        recall = evaluate_recall(
+            result.model,
+            text,
+            length=options.length,
+            windows=options.windows,
+            needles=Needles(distractors=15),
+        )
+        row = {
+            "variant": name, "model": model_changes, "run": run_changes, "length": options.length,
+            "parameters": result.model.num_parameters(), "chars": result.chars, "seconds": round(seconds, 1),
+            "bits_per_char": round(result.val_bits, 4), "skipped": result.skipped,
+            "by_hops": {hops: round(share, 3) for hops, (share, _) in recall.by_hops.items()},
+            "by_distance": {edge: round(share, 3) for edge, (share, _) in recall.by_distance.items()},
+            "asked": options.windows, "config": config.to_dict() | {"corpus": options.corpus.name, "out": ""},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "torch": torch.__version__,
+        }  # fmt: skip
+        print(json.dumps({key: value for key, value in row.items() if key != "config"}), flush=True)
+        if options.save is not None:
+            with options.save.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        del result
+
+
+if __name__ == "__main__":
+    main()
