@@ -78,7 +78,7 @@ def test_full_attention_is_a_softmax_over_all_earlier_characters(kv_heads: int) 
     mask = torch.ones(37, 37, dtype=torch.bool).tril()
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
     heard: list[Tensor] = []
-    layer.finish = lambda self, x, y: heard.append(y) or x  # type: ignore[func-returns-value]
+    layer.finish = lambda self, x, y, backend: heard.append(y) or x  # type: ignore[func-returns-value]
     model.hidden(ids)
     assert torch.allclose(heard[0].view(2, 37, 2, 32), expected, atol=1e-5)
 
