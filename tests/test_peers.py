@@ -18,6 +18,7 @@ from butterfly_llm.bench.peers import Subject, expected_seconds
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.data import Corpus, prepare
 from butterfly_llm.evaluate import character_nats
+from butterfly_llm.twins import twin_config
 from conftest import random_model
 
 MICRO = ButterflyConfig.preset("micro")
@@ -67,8 +68,17 @@ def test_the_expected_time_grows_with_the_square_of_the_length_for_full_attentio
     last = {"seconds": 0.5, "length": 100, "chars": 400}
     assert expected_seconds("butterfly", None, 800, 400) is None
     assert expected_seconds("butterfly", last, 200, 400) == 0.5
-    assert expected_seconds("butterfly", last, 800, 400) == 1.0
-    assert expected_seconds("full", last, 800, 400) == 8.0
+    assert expected_seconds("butterfly", last, 800, 800) == 1.0
+    assert expected_seconds("full", last, 800, 800) == 8.0
+
+
+@pytest.mark.parametrize("name", ["butterfly", "full"])
+def test_writing_is_measured_after_any_length(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(peers, "subject", Subject(name, twin_config(name, MICRO), "cpu", False, False))
+    monkeypatch.setattr(Subject, "clock", iter([10.0, 10.0 + 64 * 0.25]).__next__)
+    row = peers.measure_row("writing", 40, 256, None)
+    assert row == {"seconds": 0.25, "chars_per_second": 4, "bytes": None}
+    assert peers.row_chars("writing", 40, 256) == 1 and peers.row_chars("reading", 40, 256) == 240
 
 
 def test_out_of_memory_is_a_row_and_recomputed_layers_are_tried_first(

@@ -15,7 +15,7 @@ from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.evaluate import Document, evaluate
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops.rope import rope_table, rotate
-from butterfly_llm.twins import ROPE_THETA, TWINS, FullLayer, kernel_error, twin
+from butterfly_llm.twins import ROPE_THETA, TWINS, FullAttention, FullLayer, kernel_error, twin
 from conftest import random_model
 
 MICRO = ButterflyConfig.preset("micro")
@@ -81,6 +81,16 @@ def test_full_attention_is_a_softmax_over_all_earlier_characters(kv_heads: int) 
     layer.finish = lambda self, x, y, backend: heard.append(y) or x  # type: ignore[func-returns-value]
     model.hidden(ids)
     assert torch.allclose(heard[0].view(2, 37, 2, 32), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_full_attention_written_one_by_one_agrees_with_forward(kv_heads: int) -> None:
+    model = cast(FullAttention, filled("full", num_kv_heads=kv_heads))
+    ids = torch.randint(0, 256, (2, 37), generator=torch.Generator().manual_seed(4))
+    cache = model.whole_cache(37, 2)
+    written = torch.stack([model.write(column, i, cache) for i, column in enumerate(ids.unbind(1))], 1)
+    assert torch.allclose(written, model(ids), atol=1e-4)
+    assert cache.nbytes == 8 * MICRO.num_layers * 2 * kv_heads * 37 * MICRO.head_dim
 
 
 @pytest.mark.parametrize("name", HERE[1:])

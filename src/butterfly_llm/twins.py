@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
 
@@ -95,6 +96,18 @@ class FullLayer(Layer):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
+@dataclass
+class WholeCache:
+    """Keys and values of everything read: for each layer (B, K, N, D) of both."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.keys, *self.values))
+
+
 class FullAttention(Twin):
     """Causal attention over the whole sequence in every layer, positions counted from its beginning."""
 
@@ -104,13 +117,43 @@ class FullAttention(Twin):
 
     def _angles(self, position: int | Tensor, ids: Tensor) -> Angles | None:
         """Of every row of ids (B, N), so that compiled layers see one shape whatever B is."""
+        table = self._angles_from(0, ids.shape[1], ids.device)
+        return None if table is None else (table[0].repeat(len(ids), 1), table[1].repeat(len(ids), 1))
+
+    def _angles_from(self, position: int, num_chars: int, device: torch.device) -> Angles | None:
+        """Of positions position.. of a sequence, each (num_chars, D)."""
         config = self.config
         if config.rope_theta is None:
             return None
         dtype = torch.promote_types(self.compute_dtype, torch.float32)
-        table = position_table(0, ids.shape[1], config.head_dim, config.rope_theta, dtype, ids.device)
-        cos, sin = (x.repeat(len(ids), 1) for x in table)
-        return cos, sin
+        stop = position + num_chars
+        return position_table(position, stop, config.head_dim, config.rope_theta, dtype, device)
+
+    def whole_cache(self, length: int, batch_size: int = 1) -> WholeCache:
+        """Room for `length` characters of each stream, for `write`."""
+        config, device = self.config, self.embed.weight.device
+        shape = batch_size, config.num_kv_heads, length, config.head_dim
+        keys, values = (
+            [torch.zeros(shape, dtype=self.compute_dtype, device=device) for _ in self.layers]
+            for _ in range(2)
+        )
+        return WholeCache(keys, values)
+
+    @torch.no_grad()
+    def write(self, ids: Tensor, position: int, cache: WholeCache) -> Tensor:
+        """The characters ids (B,) at `position`, all before it in the cache -> logits (B, 256) float32."""
+        config, x = self.config, self._embed(ids)
+        angles = self._angles_from(position, 1, ids.device)
+        for layer, keys, values in zip(
+            cast("list[FullLayer]", self.layers), cache.keys, cache.values, strict=True
+        ):
+            q, k, v = layer.project(layer, x, None, angles)  # (B, H, D), (B, K, D)
+            keys[:, :, position], values[:, :, position] = k, v
+            k, v = keys[:, :, : position + 1], values[:, :, : position + 1]
+            grouped = config.num_heads != config.num_kv_heads
+            y = F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=grouped)  # (B, H, 1, D)
+            x = layer.finish(layer, x, y[:, :, 0])
+        return cast(Tensor, self.head(self.norm(x)).float())
 
 
 class RecurrentLayer(nn.Module):

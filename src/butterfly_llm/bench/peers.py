@@ -3,7 +3,8 @@
     butterfly bench peers --save peers.json
     butterfly bench peers --twins butterfly full --lengths 8192 65536 --task reading
 
-Training is forward, backward and optimiser; reading is forward alone, to the logits of the next character.
+Training is forward, backward and optimiser; reading is forward alone, to the logits of the next character;
+writing, of ours, the window and full attention, is a step for one stream that has read so much.
 Short windows are read side by side, `--chars` together. Up to that many characters every activation is kept
 and, on a GPU, the pass replayed as a CUDA graph; beyond, each layer is recomputed from its input. A step that
 would take longer than `--limit`, as the shorter length says, is left out, and so is all after `--seconds`.
@@ -32,14 +33,16 @@ from butterfly_llm.bench.isolate import Worker, all_at_once, one_line
 from butterfly_llm.bench.stream import wait
 from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.config import ButterflyConfig, TrainConfig
+from butterfly_llm.decode import Decoder
 from butterfly_llm.memory import pick_device
 from butterfly_llm.optim import Optimizers
 from butterfly_llm.recompute import Recompute
-from butterfly_llm.twins import RECURRENT, TWINS, build, kernel_error, twin_config
+from butterfly_llm.twins import RECURRENT, TWINS, FullAttention, build, kernel_error, twin_config
 
 MODULE = "butterfly_llm.bench.peers"  # by name: run with -m this file is __main__
 LENGTHS = (8192, 65_536, 262_144, 1_048_576)
-TASKS = ("reading", "training")
+TASKS = ("reading", "training", "writing")
+_WRITTEN = 64
 _COMPILERS = 6  # processes that share the compilation of a recurrent twin's kernels
 _UNCOUNTED_BELOW = 2.0  # seconds: a step expected to be shorter is preceded by one that does not count
 _PER_ROW = 0.5  # seconds that the steps of a row take together, if one is not longer
@@ -90,6 +93,29 @@ class Subject:
             times.append(self.clock() - start)
         return times[uncounted:]
 
+    def writing(self, length: int) -> float:
+        """Seconds of a step after `length` characters, the mean of 64 in a row.
+
+        What stands in the state is nothing that the time depends on, so nothing is read before.
+        """
+        ids = torch.full((1,), 65, device=self.device)
+        step: Callable[[], object]
+        if isinstance(self.model, FullAttention):
+            whole = self.model.whole_cache(length)
+            step = functools.partial(self.model.write, ids, length - 1, whole)
+            if self.graph:
+                step = _replayed(step)
+        else:
+            cache = self.model.new_cache()
+            cache.position = length
+            step = functools.partial(Decoder(self.model, cache, fused=True).step, ids)
+        for _ in range(8):
+            step()
+        start = self.clock()
+        for _ in range(_WRITTEN):
+            step()
+        return (self.clock() - start) / _WRITTEN
+
     def forget(self) -> None:
         """Drop what a row has left behind."""
         self.model.zero_grad(set_to_none=True)
@@ -98,18 +124,35 @@ class Subject:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
+def _replayed(step: Callable[[], object]) -> Callable[[], object]:
+    """`step` as a CUDA graph."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return functools.partial(graph.replay)
+
+
 subject: Subject | None = None
 
 
 def prepare(
     name: str, config: dict[str, Any], device: str, compiled: bool, graph: bool, chars: int
 ) -> dict[str, Any]:
-    """Compile and tune on few layers of the same widths, then make the architecture to measure."""
+    """Compile and tune on few layers of the same widths, then make the architecture to measure.
+
+    chars: of a pass in training; 0 where none is to be compiled.
+    """
     global subject
     begun = time.perf_counter()
     whole = ButterflyConfig.from_dict(config)
     facts: dict[str, Any] = {"cuda_graph": graph}
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and chars:
         if name in RECURRENT:
             _tune_quickly()
         few = Subject(name, _few_layers(whole), device, compiled, graph)
@@ -191,7 +234,7 @@ def start(
 
     def ready(name: str) -> dict[str, Any]:
         complaints = []
-        if name in RECURRENT and on_gpu:
+        if name in RECURRENT and on_gpu and chars:
             workers[name].start()  # what it imports takes a while
             asked = (name, sizes[name], device, chars)
             shares = [("compile_share", *asked, share) for share in range(_COMPILERS)]
@@ -215,7 +258,7 @@ def start(
 def measure_row(task: str, length: int, chars: int, expected: float | None) -> dict[str, Any]:
     """What one row says; `failed` and one line where it is nothing."""
     assert subject is not None
-    windows = max(1, chars // length)
+    windows, taken = max(1, chars // length), row_chars(task, length, chars)
     ids = torch.randint(0, 256, (windows, length + 1), device=subject.device)
     uncounted = int(expected is None or expected < _UNCOUNTED_BELOW)
     steps = max(1, min(5, int(_PER_ROW / expected))) if expected else 2
@@ -226,6 +269,8 @@ def measure_row(task: str, length: int, chars: int, expected: float | None) -> d
             if task == "training":
                 times, row["cuda_graph"] = subject.training(ids, keep, steps, uncounted)
                 row["recompute"] = "none" if keep else "layer"
+            elif task == "writing":
+                times = [subject.writing(length)]
             else:
                 times = subject.reading(ids, steps, uncounted)
             break
@@ -238,16 +283,21 @@ def measure_row(task: str, length: int, chars: int, expected: float | None) -> d
     on_gpu = subject.device.startswith("cuda")
     return row | {
         "seconds": round(seconds, 4),
-        "chars_per_second": round(windows * length / seconds),
+        "chars_per_second": round(taken / seconds),
         "bytes": torch.cuda.max_memory_allocated(subject.device) if on_gpu else None,
     }
 
 
+def row_chars(task: str, length: int, chars: int) -> int:
+    """Characters that one step of a row takes."""
+    return 1 if task == "writing" else max(1, chars // length) * length
+
+
 def expected_seconds(name: str, last: dict[str, Any] | None, length: int, chars: int) -> float | None:
-    """Of a step, at most, from the row of a shorter length; None without one."""
+    """Of a step of `chars` characters, at most, from the row of a shorter length; None without one."""
     if last is None:
         return None
-    growth = max(length, chars) / int(last["chars"])
+    growth = chars / int(last["chars"])
     if name == "full":
         growth *= length / int(last["length"])
     return float(last["seconds"]) * growth
@@ -259,7 +309,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--levels", type=int, help="levels in a pass of ours, in as many layers")
     parser.add_argument("--twins", nargs="+", choices=TWINS, default=TWINS, help="architectures")
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS, dest="tasks")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS[:2], dest="tasks")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="characters in a window")
     parser.add_argument("--chars", type=int, default=65_536, help="characters side by side in short windows")
     parser.add_argument("--limit", type=float, default=20, help="longest step, seconds")
@@ -291,18 +341,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         return max(0.0, deadline - time.monotonic())
 
     print(f"{'task':<10}{'length':>10} {'architecture':<16}{'chars/s':>12}{'seconds':>10}{'peak GB':>9}")
+    to_compile = 0 if set(options.tasks) == {"writing"} else options.chars
     workers, result["twins"] = start(
-        MODULE, options.twins, config, device, left, chars=options.chars, compiled=not options.eager
+        MODULE, options.twins, config, device, left, chars=to_compile, compiled=not options.eager
     )
     last: dict[tuple[str, str], dict[str, Any]] = {}
     try:
         for length in lengths:
             for task in options.tasks:
                 for name, worker in workers.items():
-                    chars = max(1, options.chars // length) * length
+                    if task == "writing" and name in RECURRENT:
+                        continue
+                    chars = row_chars(task, length, options.chars)
                     row = {"what": f"{task}, {name}", "twin": name, "task": task}
                     row |= {"length": length, "chars": chars}
-                    expected = expected_seconds(name, last.get((name, task)), length, options.chars)
+                    expected = expected_seconds(name, last.get((name, task)), length, chars)
                     row |= _row(result["twins"][name], worker, row, expected, left(), options)
                     if "seconds" in row:
                         last[name, task] = row

@@ -30,7 +30,7 @@ def plot_peers(benchmarks: Sequence[str | Path], path: str | Path) -> None:
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for file in map(Path, benchmarks):
         rows |= {(row["task"], row["twin"], row["length"]): row for row in _read_peers(file)}
-    tasks = [task for task in ("reading", "training") if any(key[0] == task for key in rows)]
+    tasks = [task for task in ("reading", "training", "writing") if any(key[0] == task for key in rows)]
     twins = [name for name in NAMES if any(key[1] == name for key in rows)]
     memory = any(row.get("bytes") for row in rows.values())
     kinds: list[tuple[str, str, Callable[[float], str]]] = [
@@ -40,7 +40,7 @@ def plot_peers(benchmarks: Sequence[str | Path], path: str | Path) -> None:
         kinds.append(("bytes", "peak memory", format_bytes))
     with new_figure(path, width=3.9 * len(tasks), height=0.5 + 3.0 * len(kinds)) as figure:
         figure.set_layout_engine("constrained")
-        grid = figure.subplots(len(kinds), len(tasks), squeeze=False, sharey="row")
+        grid = figure.subplots(len(kinds), len(tasks), squeeze=False)
         for line, (key, label, show) in zip(grid, kinds, strict=True):
             for axes, task in zip(line, tasks, strict=True):
                 for name in twins:
