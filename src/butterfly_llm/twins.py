@@ -30,6 +30,7 @@ from butterfly_llm.cache import Cache
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly, Layer
 from butterfly_llm.modules import FeedForward, RMSNorm
+from butterfly_llm.ops.feed_forward import relu2_feed_forward, takes
 from butterfly_llm.ops.rope import Angles, position_table
 
 RECURRENT = ("gated-deltanet", "mamba2")
@@ -63,8 +64,12 @@ def twin_config(name: str, config: ButterflyConfig) -> ButterflyConfig:
         with torch.device("meta"):
             return build(name, dataclasses.replace(plain, intermediate_size=width)).num_parameters()
 
-    least = count(8)
-    width = 8 + 8 * round((target - least) / (count(16) - least))
+    least, unit = count(8), count(16) - count(8)
+    nearest = 1 + (target - least) / unit  # in eights
+    # Whole tiles of matrix products, where that is near enough.
+    width = 64 * round(nearest / 8)
+    if abs(width / 8 - nearest) * unit > 0.01 * target:
+        width = 8 * round(nearest)
     if width < 8:
         raise ValueError(f"no twin of {target:,} parameters: {least:,} are in its other parts")
     return dataclasses.replace(plain, intermediate_size=width)
@@ -152,7 +157,7 @@ class FullAttention(Twin):
             k, v = keys[:, :, : position + 1], values[:, :, : position + 1]
             grouped = config.num_heads != config.num_kv_heads
             y = F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=grouped)  # (B, H, 1, D)
-            x = layer.finish(layer, x, y[:, :, 0])
+            x = layer.finish(layer, x, y[:, :, 0], None)
         return cast(Tensor, self.head(self.norm(x)).float())
 
 
@@ -177,7 +182,11 @@ class RecurrentLayer(nn.Module):
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:
         x = x + y
-        return cast(Tensor, x + self.feed_forward(self.feed_forward_norm(x)))
+        norm, inner, rows = self.feed_forward_norm, self.feed_forward, x.flatten(0, 1)
+        if takes(rows, inner.down.in_features, inner.gated):
+            out = relu2_feed_forward(rows, norm.weight, inner.up.weight, inner.down.weight, norm.eps)
+            return out.view(x.shape)
+        return cast(Tensor, x + inner(norm(x)))
 
 
 class Recurrent(Twin):
