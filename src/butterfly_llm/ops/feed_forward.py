@@ -93,7 +93,7 @@ def takes(x: Tensor, intermediate_size: int, gated: bool) -> bool:
 def _launch(which: Pass, a: Tensor, weight: Tensor, factor: Tensor, hidden: Tensor | None) -> Tensor:
     from butterfly_llm.ops.triton_feed_forward_kernels import up_kernel
 
-    a = a.contiguous()
+    a, weight, hidden = a.contiguous(), weight.contiguous(), None if hidden is None else hidden.contiguous()
     (rows, size), columns = a.shape, len(weight)
     out = a.new_empty((rows, columns))
     cut = tiles(which, a.dtype, columns, size, triton_attention._shared_limit(a.device))
