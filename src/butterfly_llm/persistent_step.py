@@ -35,7 +35,7 @@ def unsupported(config: ButterflyConfig, cache: Cache) -> str | None:
         size = getattr(config, name)
         if size & (size - 1):
             return f"{name} {size} is no power of two"
-    if torch.version.hip is not None:
+    if getattr(torch.version, "hip", None):
         return "its programs wait for each other in instructions that only NVIDIA's cards have"
     return None
 
