@@ -74,7 +74,7 @@ def test_the_expected_time_grows_with_the_square_of_the_length_for_full_attentio
 
 @pytest.mark.parametrize("name", ["butterfly", "full"])
 def test_writing_is_measured_after_any_length(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(peers, "subject", Subject(name, twin_config(name, MICRO), "cpu", False, False))
+    monkeypatch.setattr(peers, "subject", Subject(name, twin_config(name, MICRO), "cpu", False, False, 64))
     monkeypatch.setattr(Subject, "clock", iter([10.0, 10.0 + 64 * 0.25]).__next__)
     row = peers.measure_row("writing", 40, 256, None)
     assert row == {"seconds": 0.25, "chars_per_second": 4, "bytes": None}
@@ -84,7 +84,7 @@ def test_writing_is_measured_after_any_length(monkeypatch: pytest.MonkeyPatch, n
 def test_out_of_memory_is_a_row_and_recomputed_layers_are_tried_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(peers, "subject", Subject("window", MICRO, "cpu", False, False))
+    monkeypatch.setattr(peers, "subject", Subject("window", MICRO, "cpu", False, False, 64))
     tried = []
 
     def full(self: Subject, ids: torch.Tensor, keep: bool, *_: int) -> tuple[list[float], bool]:

@@ -6,7 +6,7 @@
 Training is forward, backward and optimiser; reading is forward alone, to the logits of the next character;
 writing, of ours, the window and full attention, is a step for one stream that has read so much.
 Short windows are read side by side, `--chars` together. Up to that many characters every activation is kept
-and, on a GPU, the pass replayed as a CUDA graph; beyond, each layer is recomputed from its input. A step that
+and, on a GPU, a pass replayed as a CUDA graph; beyond, each layer is recomputed from its input. A step that
 would take longer than `--limit`, as the shorter length says, is left out, and so is all after `--seconds`.
 
 Random text: only shapes matter here. Every architecture has a process of its own. The first step of the
@@ -44,19 +44,22 @@ LENGTHS = (8192, 65_536, 262_144, 1_048_576)
 TASKS = ("reading", "training", "writing")
 _WRITTEN = 64
 _COMPILERS = 6  # processes that share the compilation of a recurrent twin's kernels
-_UNCOUNTED_BELOW = 2.0  # seconds: a step expected to be shorter is preceded by one that does not count
+_UNCOUNTED_BELOW = 8.0  # seconds: a step expected to be shorter is preceded by one that does not count
 _PER_ROW = 0.5  # seconds that the steps of a row take together, if one is not longer
 
 
 class Subject:
     """One architecture on its device, in the process that measures it."""
 
-    def __init__(self, name: str, config: ButterflyConfig, device: str, compiled: bool, graph: bool) -> None:
+    def __init__(
+        self, name: str, config: ButterflyConfig, device: str, compiled: bool, graph: bool, chars: int
+    ) -> None:
+        """chars: in longer texts layers of ours take that many rows at once: one shape to compile."""
         self.device, self.graph = device, graph
         torch.manual_seed(0)
         self.model = build(name, config).to(device)
         self.model.compute_dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        self.model.recompute = Recompute()
+        self.model.recompute = Recompute(slice_rows=max(1, chars))
         if compiled:
             self.model.compile_layers()
         self.optimizers = Optimizers(self.model, TrainConfig())
@@ -83,15 +86,21 @@ class Subject:
             times.append(self.clock() - start)
         return times[uncounted:], graph
 
-    def reading(self, ids: Tensor, steps: int, uncounted: int) -> list[float]:
-        """Seconds of each reading."""
+    def reading(self, ids: Tensor, keep: bool, steps: int, uncounted: int) -> tuple[list[float], bool]:
+        """Seconds of each reading, and whether they were replays of a graph, as `training` with `keep`."""
+
+        def read() -> object:
+            with torch.no_grad():
+                return self.model.head(self.model.hidden(ids[:, :-1])[:, -1]).float()
+
+        graph = keep and self.graph
+        step = _replayed(read) if graph else read
         times = []
         for _ in range(uncounted + steps):
             start = self.clock()
-            with torch.no_grad():
-                self.model.head(self.model.hidden(ids[:, :-1])[:, -1]).float()
+            step()
             times.append(self.clock() - start)
-        return times[uncounted:]
+        return times[uncounted:], graph
 
     def writing(self, length: int) -> float:
         """Seconds of a step after `length` characters, the mean of 64 in a row.
@@ -155,17 +164,17 @@ def prepare(
     if device.startswith("cuda") and chars:
         if name in RECURRENT:
             _tune_quickly()
-        few = Subject(name, _few_layers(whole), device, compiled, graph)
+        few = Subject(name, _few_layers(whole), device, compiled, graph, chars)
         ids = torch.randint(0, 256, (1, chars + 1), device=device)
         few.training(ids, True, 1, 0)
         few.forget()
         few.training(ids, False, 1, 0)
-        few.reading(ids, 1, 0)
+        few.reading(ids, True, 1, 0)
         del few
         if name in RECURRENT:
             errors = kernel_error(name, device, torch.bfloat16)
             facts["kernel_error"] = {part: round(error, 4) for part, error in errors.items()}
-    subject = Subject(name, whole, device, compiled, graph)
+    subject = Subject(name, whole, device, compiled, graph, chars)
     subject.forget()
     facts["parameters"] = subject.model.num_parameters()
     return facts | {"prepare_seconds": round(time.perf_counter() - begun, 1)}
@@ -183,7 +192,7 @@ def _few_layers(config: ButterflyConfig) -> ButterflyConfig:
 def compile_share(name: str, config: dict[str, Any], device: str, chars: int, share: int) -> None:
     """Compile every `_COMPILERS`-th variant of the kernels, beginning with number `share`, into the cache."""
     _tune_quickly(share)
-    few = Subject(name, _few_layers(ButterflyConfig.from_dict(config)), device, False, False)
+    few = Subject(name, _few_layers(ButterflyConfig.from_dict(config)), device, False, False, chars)
     few.training(torch.randint(0, 256, (1, chars + 1), device=device), True, 1, 0)
 
 
@@ -272,7 +281,8 @@ def measure_row(task: str, length: int, chars: int, expected: float | None) -> d
             elif task == "writing":
                 times = [subject.writing(length)]
             else:
-                times = subject.reading(ids, steps, uncounted)
+                short = windows * length <= chars
+                times, row["cuda_graph"] = subject.reading(ids, short, steps, uncounted)
             break
         except torch.OutOfMemoryError as failure:
             row["failed"] = "out of memory: " + one_line(failure).partition(". ")[2].partition(". ")[0]
