@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+from types import ModuleType, SimpleNamespace
 from typing import cast
 
 import pytest
@@ -15,7 +16,16 @@ from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.evaluate import Document, evaluate
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops.rope import rope_table, rotate
-from butterfly_llm.twins import ROPE_THETA, TWINS, FullAttention, FullLayer, kernel_error, twin
+from butterfly_llm.recall import evaluate_recall
+from butterfly_llm.twins import (
+    ROPE_THETA,
+    TWINS,
+    FullAttention,
+    FullLayer,
+    _two_warps_on_hopper,
+    kernel_error,
+    twin,
+)
 from conftest import random_model
 
 MICRO = ButterflyConfig.preset("micro")
@@ -112,6 +122,8 @@ def test_a_twin_is_evaluated_as_the_model_is_and_has_no_streams() -> None:
     text = Document("text", bytes(range(32, 127)) * 3)
     result = evaluate(filled("full"), [text], context=64, compressors=False)
     assert result.chars == 285 and 4 < result.bits_per_char < 16
+    recall = evaluate_recall(filled("window"), text.data * 3, length=512, windows=1)
+    assert recall.by_hops and all(count == 1 for _, count in recall.by_hops.values())
     with pytest.raises(ValueError, match="no streams"):
         filled("full").new_cache()
     assert random_model(MICRO).new_cache().position == 0
@@ -126,6 +138,37 @@ def test_unknown_names_and_missing_packages_are_one_line(monkeypatch: pytest.Mon
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'butterfly-llm\[peers\]'"):
         twin("mamba2", MICRO)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_kernels_that_triton_miscompiles_run_with_two_warps(
+    monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    def kernel() -> SimpleNamespace:
+        configs = [SimpleNamespace(num_warps=w, num_stages=n) for w in (2, 4) for n in (2, 3)]
+        return SimpleNamespace(fn=SimpleNamespace(configs=configs))
+
+    names = ("fla", "fla.ops", "fla.ops.common", "fla.ops.common.chunk_o", "fla.ops.gated_delta_rule",
+             "fla.ops.gated_delta_rule.wy_fast")  # fmt: skip
+    modules = {name: ModuleType(name) for name in names}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+        above, _, last = name.rpartition(".")
+        if above:
+            setattr(modules[above], last, module)
+    chunk, delta = modules[names[3]], modules[names[5]]
+    versions = {"IS_NVIDIA_HOPPER": True, "TRITON_ABOVE_3_4_0": True, "TRITON_ABOVE_3_7_1": not broken}
+    for module, more in (
+        (chunk, {"chunk_bwd_kernel_dqkwg": kernel(), **versions}),
+        (delta, {"prepare_wy_repr_bwd_kernel": kernel()}),
+    ):
+        vars(module).update(more)
+    for _ in range(2):
+        _two_warps_on_hopper()
+    found = [vars(chunk)["chunk_bwd_kernel_dqkwg"], vars(delta)["prepare_wy_repr_bwd_kernel"]]
+    expected = [(2, 2), (2, 3)] if broken else [(2, 2), (2, 3), (4, 2), (4, 3)]
+    assert [[(c.num_warps, c.num_stages) for c in each.fn.configs] for each in found] == [expected] * 2
+    assert vars(chunk)["TRITON_ABOVE_3_7_1"]
 
 
 @needs_fla
