@@ -364,7 +364,7 @@ class Report:
             if isinstance(result, dict)
             else shown(result)
         )
-        print(f"{time.perf_counter() - self.begun:6.1f} s  {section:<24}{name:<28}{text}", flush=True)
+        print(f"{time.perf_counter() - self.begun:6.1f} s  {section:<24}{name:<36}{text}", flush=True)
         self.out["seconds"] = round(time.perf_counter() - self.begun, 1)
         if self.path is not None:
             partial = self.path.with_suffix(".part")
