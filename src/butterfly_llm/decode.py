@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from butterfly_llm.cache import Cache
-from butterfly_llm.fused_step import FusedStep
+from butterfly_llm.fused_step import FusedStep, unfused
 from butterfly_llm.model import Butterfly
+from butterfly_llm.ops import default_backend
 from butterfly_llm.persistent_step import PersistentStep, unsupported
 
 
@@ -40,14 +41,14 @@ class Decoder:
     """
 
     def __init__(
-        self, model: Butterfly, cache: Cache, *, capture: bool | None = None, fused: bool = False
+        self, model: Butterfly, cache: Cache, *, capture: bool | None = None, fused: bool | None = None
     ) -> None:
         """capture: replay a CUDA graph; None where there is a GPU.
-        fused:   capture the fastest fused step there is instead of the modules': one launch for all layers,
-                 `persistent_step`, or where that is not for this model or several streams, six launches a
-                 layer, `fused_step`.
+        fused:   capture a step in one launch, `persistent_step`, or where that is not for this model or
+                 several streams, in six launches a layer, `fused_step`; False captures the modules'. None:
+                 a fused step where the model has one and Triton's kernels are its backend.
 
-        ValueError for forked and 8-bit rings, and for a model that has no fused step.
+        ValueError for forked and 8-bit rings, and with fused True for a model that has no fused step.
         """
         if cache.paged is not None:
             raise ValueError("a decoder steps whole rings: use cache.gathered() of a fork or of 8-bit rings")
@@ -87,9 +88,13 @@ class Decoder:
         self.positions += 1
         return logits
 
-    def _capture(self, fused: bool) -> Callable[[], Tensor]:
+    def _capture(self, fused: bool | None) -> Callable[[], Tensor]:
         arguments = (self._ids, self.positions, self.cache)
-        if fused and unsupported(self.model.config, self.cache) is None:
+        config = self.model.config
+        if fused is None:
+            backend = self.model.backend or default_backend(self.cache.keys[0].device)
+            fused = backend == "triton" and None in (unsupported(config, self.cache), unfused(config))
+        if fused and unsupported(config, self.cache) is None:
             run = partial(PersistentStep(self.model, self.cache), self._ids, self.positions)
             self.path = "one launch"
         elif fused:

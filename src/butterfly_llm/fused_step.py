@@ -15,22 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from butterfly_llm.cache import Cache
+from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops.triton_rows import merge_step, rows_product
 from butterfly_llm.ops.triton_step import step_attention_triton
+
+
+def unfused(config: ButterflyConfig) -> str | None:
+    """Why a model has no such step; None where it has."""
+    if config.feed_forward != "relu2":
+        return f"feed_forward {config.feed_forward!r} has no kernel, relu2 has"
+    if config.carry_heads:
+        return "a carry with heads has no kernel, a gated one has"
+    return None
 
 
 class FusedStep:
     """`step_each` of a model, frozen: parameters that change later are not seen."""
 
     def __init__(self, model: Butterfly) -> None:
-        """ValueError for gated feed-forward layers and carries with heads, which have no kernel."""
-        if model.config.feed_forward != "relu2":
-            raise ValueError(
-                f"fused step: feed_forward {model.config.feed_forward!r} has no kernel, relu2 has"
-            )
-        if model.config.carry_heads:
-            raise ValueError("fused step: a carry with heads has no kernel, a gated one has")
+        """ValueError for what `unfused` names."""
+        reason = unfused(model.config)
+        if reason is not None:
+            raise ValueError(f"fused step: {reason}")
         self.config, self.routes = model.config, model.routes
         dtype = model.compute_dtype
         self.weights = {name: p.detach().to(dtype).contiguous() for name, p in model.named_parameters()}

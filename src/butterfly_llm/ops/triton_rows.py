@@ -40,23 +40,16 @@ def rows_product(
     batch, size = x.shape
     columns = len(weight)
     queries, keys, head_gain = heads or (0, 0, weight)
-    alone = batch == 1
-    if heads:
-        block_n = head_gain.shape[1]
-    elif alone:  # enough programs to keep the memory busy
-        block_n = next((n for n in (16, 8, 4) if columns // n >= 64), 2)
-    else:
-        block_n = 16
-    block_b = 1 if alone else 16
+    block_n = head_gain.shape[1] if heads else 16
     lanes, lane_gain, matrix = read or (x, x, weight)
     out = x.new_empty((batch, columns), dtype=dtype or x.dtype)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        rows_kernel[(-(-columns // block_n), -(-batch // block_b))](
+        rows_kernel[(-(-columns // block_n), -(-batch // 16))](
             x, x if gain is None else gain, weight, lanes, lane_gain, matrix, head_gain,
             x if residual is None else residual, out, batch, x.stride(0), eps,
             K=size, N=columns, LANES=lanes.shape[1] if read else 0,
             FIRST_READ=columns - len(matrix) if read else columns, HEADS=queries, TURNED=queries + keys,
-            BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_K=min(256, 1 << (size - 1).bit_length()),
+            BLOCK_B=16, BLOCK_N=block_n, BLOCK_K=min(256, 1 << (size - 1).bit_length()),
             NORM=gain is not None, KIND=kind, num_warps=4,
         )  # fmt: skip
     return out

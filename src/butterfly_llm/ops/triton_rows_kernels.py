@@ -30,10 +30,7 @@ def _product(
             squares += tl.sum(x * x, 1)
             gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
             x = x * gain[None, :]
-        if BLOCK_B == 1:
-            acc += tl.sum(w.to(tl.float32) * x, 1)[None, :]
-        else:
-            acc = tl.dot(x.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
+        acc = tl.dot(x.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
     if NORM:
         acc = acc / tl.sqrt(squares / K + eps)[:, None]
     return acc
