@@ -19,6 +19,8 @@ from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops.rope import rope_table
 
+_SPLITS = 2  # programs among which the keys of a head are divided
+
 
 def unsupported(config: ButterflyConfig, cache: Cache) -> str | None:
     """Why a model has no such step for a cache; None where it has."""
@@ -63,71 +65,69 @@ class PersistentStep:
         *,
         programs: int | None = None,
         num_warps: int | None = None,
-        splits: int = 2,
-        fetch: bool | None = None,
-        pause: int = 0,
     ) -> None:
-        """ValueError for what `unsupported` names."""
+        """programs and num_warps: None for what was quickest, see records/decode_h100.
+
+        ValueError for what `unsupported` names.
+        """
         config = model.config
         keys = cache.keys[0]
         reason = unsupported(config, cache)
         if reason is not None:
             raise ValueError(f"persistent step: {reason}")
         self.model, self.cache, self.config = model, cache, config
-        on_gpu = keys.device.type == "cuda"
         wide = config.hidden_size > 512
-        if programs is None:
-            programs = torch.cuda.get_device_properties(keys.device).multi_processor_count if on_gpu else 1
-            # What takes the time in narrow layers is how many ask for the same words.
-            programs = programs if wide else min(64, programs)
-        self.programs = programs
+        on_gpu = keys.device.type == "cuda"
+        if programs is None and on_gpu:
+            programs = torch.cuda.get_device_properties(keys.device).multi_processor_count
+            programs = min(96, programs) if wide else programs
+        self.programs = programs or 1
         self.num_warps = num_warps or (8 if wide else 4)
-        if fetch is None:
-            fetch = not wide and on_gpu and torch.cuda.get_device_capability(keys.device) >= (9, 0)
-        dtype, width, carry = model.compute_dtype, config.hidden_size, config.carry_size
-        self.embed = model.embed.weight.detach().to(dtype).contiguous()
-        self.weights = self._matrices().to(dtype)
+        self.embed = model.embed.weight.detach().to(model.compute_dtype).contiguous()
+        self.weights = self._matrices()
         self.vectors = self._vectors()
         table, scans = self._table()
         self.table = table.to(keys.device)
-        queries = config.num_heads * config.head_dim
-        qkv = queries + 2 * config.num_kv_heads * config.head_dim
-        layer_words = 2 * width + qkv + splits * (queries + config.num_heads) + config.intermediate_size
-        words = (len(model.routes) + 1) * layer_words + scans * carry
-        self.words = torch.full((2, words), -1, dtype=torch.int32, device=keys.device)
-        self.launch = torch.zeros(1, dtype=torch.int32, device=keys.device)
-        self.logits = torch.empty(1, config.vocab_size, dtype=torch.float32, device=keys.device)
         positions = torch.arange(2 * config.chunk_size)
         cos, sin = rope_table(positions, config.head_dim, config.rope_theta, torch.float32)
         half = config.head_dim // 2
         self.turns = torch.stack([cos[:, 0, half:], sin[:, 0, half:]]).contiguous().to(keys.device)
+        queries = config.num_heads * config.head_dim
+        qkv = queries + 2 * config.num_kv_heads * config.head_dim
+        layer = 2 * config.hidden_size + qkv + config.intermediate_size
+        layer += _SPLITS * (queries + config.num_heads)
+        words = (len(model.routes) + 1) * layer + scans * config.carry_size
+        self.words = torch.full((2, words), -1, dtype=torch.int32, device=keys.device)
+        self.launch = torch.zeros(1, dtype=torch.int32, device=keys.device)
+        self.logits = torch.empty(1, config.vocab_size, dtype=torch.float32, device=keys.device)
         tiles = {}
         for name, rows in (
             ("QKV", qkv),
-            ("OUT", width),
+            ("OUT", config.hidden_size),
             ("UP", config.intermediate_size),
-            ("DOWN", width),
+            ("DOWN", config.hidden_size),
         ):
-            tiles[name + "_R"], tiles[name + "_T"] = tiling(rows, programs, self.num_warps)
+            tiles[name + "_R"], tiles[name + "_T"] = tiling(rows, self.programs, self.num_warps)
         self.constants = tiles | {
-            "WIDTH": width,
+            "WIDTH": config.hidden_size,
             "HEADS": config.num_heads,
             "KV_HEADS": config.num_kv_heads,
             "D": config.head_dim,
             "FF": config.intermediate_size,
-            "CARRY": carry,
+            "CARRY": config.carry_size,
             "CHUNK": config.chunk_size,
             "VOCAB": config.vocab_size,
             "GATED": config.feed_forward == "swiglu",
             "SHIFT": config.routing == "shift",
             "SCALE": config.head_dim**-0.5 * math.log2(math.e),
-            "SPLITS": splits,
+            "SPLITS": _SPLITS,
             "COLUMNS": self.table.shape[1],
-            "CARRY_R": 1 << (-(-max(carry, 1) // programs) - 1).bit_length(),
-            "HEAD_R": 1 << (-(-config.vocab_size // programs) - 1).bit_length(),
-            "FETCH": fetch,
+            "CARRY_R": 1 << (-(-max(config.carry_size, 1) // self.programs) - 1).bit_length(),
+            "HEAD_R": 1 << (-(-config.vocab_size // self.programs) - 1).bit_length(),
+            # Two wide layers fill the second cache: fetched ahead, they drive each other out.
+            "FETCH": not wide and on_gpu and torch.cuda.get_device_capability(keys.device) >= (9, 0),
             "WAIT": on_gpu,
-            "PAUSE": pause,
+            "PAUSE": 0 if wide else 40,
             "THREADS": 32 * self.num_warps,
         }
 
