@@ -18,7 +18,7 @@ RANKS = {
     "ops": 2, "cache": 2, "recompute": 2, "carry": 2,
     "model": 3, "twins": 4,
     "checkpoint": 4, "state": 4, "fused_step": 4, "persistent_step": 4, "extend": 4, "generate": 4,
-    "evaluate": 4, "recall": 4, "optim": 4, "reporting": 4, "captured": 4,
+    "evaluate": 4, "recall": 4, "optim": 4, "reporting": 4, "captured": 4, "curriculum": 4,
     "train": 5, "decode": 5, "repeats": 5, "tasks": 5, "plot": 5, "hf": 5,
     "slots": 6, "engine": 7,
     "answers": 8, "shelf": 8, "bench": 8,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor
 
 from butterfly_llm.config import ButterflyConfig, TrainConfig
+from butterfly_llm.curriculum import curriculum, plant_pairs
 from butterfly_llm.data import Corpus
 from butterfly_llm.model import Butterfly
-from butterfly_llm.recall import Needles, at_hops, curriculum, evaluate_recall, plant, within
+from butterfly_llm.recall import Needles, at_hops, evaluate_recall, plant, within
 from butterfly_llm.routing import hops
 from butterfly_llm.train import train
 
@@ -151,11 +154,35 @@ def test_the_distance_grows_with_progress() -> None:
                 found.append(int(i) - whole.index(b"#KEY " + key))
         return found
 
-    farthest = [max(distances(p)) for p in (0.0, 0.3, 0.6, 1.0)]
-    assert farthest[0] <= 5 * 64 < farthest[1] < 2 * 2048 < farthest[2]
-    assert farthest[3] > 8192
+    farthest = [np.quantile(distances(p), 0.9) for p in (0.0, 0.2, 0.4, 0.6)]
+    assert farthest[0] < 512
+    assert all(b > 1.5 * a for a, b in itertools.pairwise(farthest))
+    assert max(distances(1.0)) > 8192
     late = distances(1.0)  # far ones do not crowd out near ones
-    assert sum(d < 6 * 64 for d in late) > 0.12 * len(late)
+    assert sum(d < 6 * 64 for d in late) > 0.1 * len(late)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 15, 10_000])
+@pytest.mark.parametrize("length", [320, 1000, 4096])
+def test_every_pair_that_fits_is_planted_whole(length: int, pairs: int) -> None:
+    for seed in range(20):
+        text, weights = TEXT[: length + 1].copy(), np.ones(length, dtype=np.float32)
+        generator = np.random.Generator(np.random.Philox(seed))
+        plant_pairs(text, weights, generator, pairs=pairs, reach=256.0, weight=7.0)
+        facts = dict(re.findall(rb"\n#KEY (\w\w)=(\d\d)\n", text.tobytes()))
+        asked = [(m[1], m[2], m.start(2)) for m in re.finditer(rb"\n#GET (\w\w)=(\d\d)\n", text.tobytes())]
+        fitting = (length + 1 - 64) // 64 // 2
+        assert min(pairs, fitting) <= len(facts) <= min(pairs, fitting + 1) and len(asked) == len(facts)
+        assert all(facts[key] == value for key, value, _ in asked)
+        assert sorted(np.flatnonzero(weights == 7.0)) == sorted(s + i - 1 for *_, s in asked for i in (0, 1))
+        assert (weights == 0.0).sum() == 22 * len(facts)
+        for key, _, start in asked:
+            assert text.tobytes().index(b"#KEY " + key) < start
+
+
+def test_a_window_too_short_for_facts_is_refused() -> None:
+    with pytest.raises(ValueError, match="a window of 257 characters is too short for facts"):
+        curriculum(share=1.0, weight=2.0, longest=256, seed=0)(TEXT[None, :257], 0, 0, 0.0)
 
 
 def test_training_plants_needles_and_repeats_itself(tmp_path: Path) -> None:

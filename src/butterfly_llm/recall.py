@@ -89,16 +89,6 @@ def within(max_slots: int) -> Place:
     return place
 
 
-def near_or_far(max_slots: int) -> Place:
-    """At most `max_slots` apart: half of the pairs anywhere, half evenly over the powers of two."""
-
-    def place(generator: np.random.Generator, slots: int) -> tuple[int, int] | None:
-        far = generator.random() < 0.5
-        return within(max_slots if far else int(max_slots ** generator.random()))(generator, slots)
-
-    return place
-
-
 def at_hops(count: int, slots_per_chunk: int) -> Place:
     """In the last half of the window, asked from a chunk distance of exactly `count` set bits."""
 
@@ -269,47 +259,3 @@ def _right(model: Butterfly, window: Bytes, answers: Sequence[Answer]) -> list[b
 
 def _shares(outcomes: dict[int, list[bool]]) -> dict[int, tuple[float, int]]:
     return {key: (sum(each) / len(each), len(each)) for key, each in sorted(outcomes.items())}
-
-
-def curriculum(
-    *,
-    share: float,
-    weight: float,
-    longest: int,
-    seed: int,
-    full_at: float = 0.6,
-) -> Callable[[Bytes, int, int, float], tuple[Bytes, npt.NDArray[np.float32]]]:
-    """A transform for `train` that plants needles into a share of the windows.
-
-    The reach, the farthest that a question stands from its fact, doubles at a steady pace: from 256
-    characters at the start of the run to `longest`, its longest window, at progress `full_at`. Half of the
-    pairs lie anywhere within it, half at distances spread evenly over its powers of two. A window gets from
-    one pair to one for every 192 characters. In the loss an answer's characters weigh `weight`, the rest
-    of a fact or question 0 (a model should answer, not write needles of its own), all others 1. A window's
-    needles follow from (seed, step, its number in the batch) and the progress alone.
-    """
-    if not 0 <= share <= 1 or weight <= 0:
-        raise ValueError(f"recall: share {share} must lie from 0 to 1 and weight {weight} above 0")
-
-    def transform(
-        windows: Bytes, step: int, first: int, progress: float
-    ) -> tuple[Bytes, npt.NDArray[np.float32]]:
-        count, chars = windows.shape
-        out = windows.copy()
-        weights = np.ones((count, chars - 1), dtype=np.float32)
-        reach = 4 * max(1.0, longest / 256) ** min(1.0, progress / full_at)
-        place = near_or_far(max(1, int(min(reach, chars // 64))))
-        for row in range(count):
-            generator = np.random.Generator(np.random.Philox(key=[seed, step << 32 | (first + row)]))
-            if generator.random() >= share:
-                continue
-            needles = Needles(pairs=min(26**2, int(generator.integers(1, max(1, chars // 192) + 1))))
-            out[row], answers = plant(out[row], needles, generator, place)
-            head = needles.item_chars - needles.value_chars - 1
-            for answer in answers:  # targets[i] is window[i + 1]
-                for value in (answer.fact, answer.start):
-                    weights[row, max(0, value - head - 1) : value + answer.chars] = 0.0
-                weights[row, answer.start - 1 : answer.start - 1 + answer.chars] = weight
-        return out, weights
-
-    return transform

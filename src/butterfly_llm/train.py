@@ -39,12 +39,12 @@ from butterfly_llm.checkpoint import (
     save_training,
 )
 from butterfly_llm.config import ButterflyConfig, SamplingConfig, TrainConfig
+from butterfly_llm.curriculum import curriculum
 from butterfly_llm.data import Corpus, check_length, sample_windows, val_windows
 from butterfly_llm.generate import generate_text
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import default_backend
 from butterfly_llm.optim import Optimizers, fixed_bytes, learning_rate, length_at, progress_at
-from butterfly_llm.recall import curriculum
 from butterfly_llm.recompute import Load, describe
 from butterfly_llm.reporting import Reporter, plain_warnings
 from butterfly_llm.signals import StopSignals

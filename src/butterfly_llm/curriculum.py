@@ -1,0 +1,101 @@
+"""Facts to be recalled, planted into the windows of a training run: near ones first, then farther ones.
+
+The lines are those of `recall`, `#KEY ab=12` and `#GET ab=12`. A window is cut into slots of 64 characters; a
+random choice of them gets an item each. Sorted by place and cut into groups of neighbours, the items of a
+group are paired at random: the size of the groups is what bounds the distance from a fact to its question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+SLOT = 64  # characters
+ITEM = len("\n#KEY ab=12\n")
+_WORDS = np.frombuffer(b"\n#KEY \n#GET ", dtype=np.uint8).reshape(2, 6)
+_KEYS = 26 * 26
+NEAREST = 256  # characters; the reach at the start of a run
+
+
+def curriculum(
+    *,
+    share: float,
+    weight: float,
+    longest: int,
+    seed: int,
+    full_at: float = 0.6,
+) -> Callable[[Bytes, int, int, float], tuple[Bytes, npt.NDArray[np.float32]]]:
+    """A transform for `train` that plants facts and questions into a share of the windows.
+
+    The reach, about how far a question stands from its fact at most, doubles at a steady pace: from 256
+    characters at the start of the run to `longest`, its longest window, at progress `full_at`. Half of the
+    windows have it, half one that is spread evenly over the powers of two below. A window gets from one pair
+    to one for every 128 characters. In the loss an answer's characters weigh `weight`, the rest of a fact or
+    question 0 (a model should answer, not write needles of its own), all others 1. A window's needles follow
+    from (seed, step, its number in the batch) and the progress alone.
+    """
+    if not 0 <= share <= 1 or weight <= 0:
+        raise ValueError(f"recall: share {share} must lie from 0 to 1 and weight {weight} above 0")
+
+    def transform(
+        windows: Bytes, step: int, first: int, progress: float
+    ) -> tuple[Bytes, npt.NDArray[np.float32]]:
+        count, chars = windows.shape
+        out = windows.copy()
+        weights = np.ones((count, chars - 1), dtype=np.float32)
+        reach = NEAREST * max(1.0, longest / NEAREST) ** min(1.0, progress / full_at)
+        for row in range(count):
+            generator = np.random.Generator(np.random.Philox(key=[seed, step << 32 | (first + row)]))
+            if generator.random() < share:
+                near = reach if generator.random() < 0.5 else SLOT * (reach / SLOT) ** generator.random()
+                pairs = int(generator.integers(1, max(1, chars // (2 * SLOT)) + 1))
+                plant_pairs(out[row], weights[row], generator, pairs=pairs, reach=near, weight=weight)
+        return out, weights
+
+    return transform
+
+
+def plant_pairs(
+    text: Bytes,
+    weights: npt.NDArray[np.float32],
+    generator: np.random.Generator,
+    *,
+    pairs: int,
+    reach: float,
+    weight: float,
+) -> None:
+    """Write facts and questions over `text` (N + 1,) in place, and set the weights (N,) of its targets.
+
+    pairs: wanted; as many as there are slots and keys for are planted. reach: characters, about the most
+    between a fact and its question. ValueError for a window below four slots.
+    """
+    shift = int(generator.integers(1, SLOT + 1))  # the first character is nobody's target
+    slots = (len(text) - shift) // SLOT
+    if slots < 4:
+        raise ValueError(f"recall: a window of {len(text)} characters is too short for facts: give 320")
+    pairs = min(pairs, slots // 2, _KEYS)
+    # Groups of items within reach of each other; where even two neighbours are not, a part of the window.
+    within = max(2.0, reach / SLOT)
+    part = min(slots, max(2 * pairs, int(within * pairs)))
+    group = max(2, 2 ** round(np.log2(max(1.0, within * 2 * pairs / part))))
+    chosen = generator.integers(0, slots - part + 1) + np.sort(generator.permutation(part)[: 2 * pairs])
+    order = np.argsort(np.arange(2 * pairs) // group + generator.random(2 * pairs))  # shuffled inside groups
+    places = np.sort(chosen[order].reshape(pairs, 2), 1)  # (pairs, 2): the slots of fact and question
+
+    names = generator.permutation(_KEYS)[:pairs]
+    items = np.empty((pairs, 2, ITEM), dtype=np.uint8)
+    items[:, :, :6] = _WORDS
+    items[:, :, 6] = 97 + names[:, None] % 26
+    items[:, :, 7] = 97 + names[:, None] // 26
+    items[:, :, 8] = ord("=")
+    items[:, :, 9:11] = generator.integers(48, 58, (pairs, 1, 2))
+    items[:, :, 11] = ord("\n")
+    starts = shift + places * SLOT + generator.integers(0, SLOT - ITEM + 1, places.shape)
+    at = starts[..., None] + np.arange(ITEM)  # (pairs, 2, ITEM)
+    text[at] = items
+    weights[at - 1] = 0.0  # target i is text[i + 1]
+    weights[at[:, 1, 9:11] - 1] = weight
