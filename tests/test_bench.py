@@ -55,6 +55,16 @@ def test_train_prints_a_table_and_one_object(run):
     assert f"{result['rows'][1]['chars_per_second']:,}" in table[-1]
 
 
+def test_feed_forward_measures_what_is_there(run):
+    code, out, err = run("feed_forward", "--preset", "micro", "--rows", 150)
+    result = json.loads(out.splitlines()[-1])
+    assert (code, err, result["bench"]) == (0, "", "feed_forward")
+    half = result["rows"][-1] if not torch.cuda.is_available() else result["rows"][-2]
+    assert half["what"] == "half a layer, compiled" and half["length"] == 150 and half["both_ms"] > 0
+    assert len(half["errors"]) == 3 and 0 < max(half["errors"]) < 0.02
+    assert "errors" in out.splitlines()[0] or torch.cuda.is_available()
+
+
 def test_operations_of_a_training_step_are_those_the_model_needs() -> None:
     """6 a parameter outside the embedding; 8 + 16 visible keys in two products, three times."""
     model = random_model(ButterflyConfig.preset("micro"))
@@ -155,7 +165,7 @@ def test_ops_without_a_gpu_is_one_line(run):
     [
         (
             "trian",
-            "unknown benchmark 'trian' (did you mean 'train'?): there are batch, decode, ops, peers, ",
+            "unknown benchmark 'trian' (did you mean 'train'?): there are batch, decode, feed_forward, ops, ",
         ),
         ("prefill --lengths 0", "--lengths, --slice and --repeats must be at least 1"),
         ("prefill --levels 13", "bench prefill: --levels and --kv-heads go with --preset"),

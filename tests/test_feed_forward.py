@@ -66,8 +66,8 @@ def test_result_and_gradients(rows: int, size: int, inner: int, dtype: torch.dty
 
 
 @pytest.fixture
-def enabled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The fused path is on; a list of the passes whose kernel was launched."""
+def launched_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The passes whose kernel was launched."""
     launched: list[str] = []
 
     def noted(which: str, *rest: object, launch: object = feed_forward._launch) -> Tensor:
@@ -94,30 +94,36 @@ def finish(layer: Layer, backend: str, rows: int, half: object = Layer._finish) 
 
 @kernels
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_layer_takes_it(compiled: bool, enabled: list[str]) -> None:
+def test_a_layer_takes_it(compiled: bool, launched_passes: list[str]) -> None:
     layer = random_model(ButterflyConfig.preset("micro")).to(DEVICE).layers[0]
     half = Layer._finish
     if compiled:
         half = torch.compile(half, fullgraph=True, backend="inductor" if CUDA else "aot_eager")
     for a, b in zip(finish(layer, "triton", 130, half), finish(layer, "torch", 130), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    assert enabled == ["forward", "gradient"]
+    assert launched_passes == ["forward", "gradient"]
 
 
 @kernels
-def test_a_layer_that_it_does_not_fit_does_without(enabled: list[str]) -> None:
+def test_a_layer_that_it_does_not_fit_does_without(launched_passes: list[str]) -> None:
     layer = random_model(ButterflyConfig.preset("micro")).to(DEVICE).layers[0]
     gated = random_model(ButterflyConfig.preset("micro", feed_forward="swiglu")).to(DEVICE).layers[0]
     for which, rows in ((layer, 100), (gated, 130)):
         for a, b in zip(finish(which, "triton", rows), finish(which, "torch", rows), strict=True):
             assert torch.equal(a, b)
-    assert enabled == []
+    assert launched_passes == []
 
 
-def test_reasons() -> None:
-    assert feed_forward.reason_against(768, 3072, False) is None
-    assert "swiglu" in str(feed_forward.reason_against(768, 3072, True))
-    assert "200" in str(feed_forward.reason_against(200, 800, False))
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(**changes: object) -> str | None:
+        return feed_forward.reason_against(ButterflyConfig.preset("full", **changes))
+
+    monkeypatch.setattr(feed_forward, "ENABLED", False)
+    assert "off" in str(reason())
+    monkeypatch.setattr(feed_forward, "ENABLED", True)
+    assert reason() is None
+    assert reason(feed_forward="swiglu") == "swiglu has no kernel"
+    assert "3000" in str(reason(intermediate_size=3000))
 
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 227])

@@ -179,6 +179,16 @@ def test_the_longest_sequences_fit_on_80_gb(preset: str, length: int) -> None:
     assert least == Recompute(10) and load.nbytes(least) > 30e9  # refused by name where it is used
 
 
+def test_fused_feed_forward_keeps_the_squares_alone() -> None:
+    """Compiled, of every layer and character u and the normalised row are left out; more layers fit whole."""
+    config = ButterflyConfig.preset("full")
+    plain = Load(config, chars=65_536, value_bytes=2, fixed_bytes=0, compiled=True)
+    fused = dataclasses.replace(plain, fused_feed_forward=True)
+    assert plain.nbytes(None) - fused.nbytes(None) == 65_536 * 53 * 2 * (3072 + 768)
+    few, many = (load.plan("auto", 84_000_000_000) for load in (plain, fused))
+    assert few is not None and many is not None and many.whole > few.whole + 5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", PLANS[1:4], ids=str)
 def test_a_gpu_recomputes_through_its_kernels(plan: Recompute) -> None:

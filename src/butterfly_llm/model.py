@@ -163,7 +163,7 @@ class Layer(nn.Module):
         """x (T, d), y (T, H, D) -> (T, d)."""
         x = x + self.attention.out(y.flatten(-2))
         norm, inner = self.feed_forward_norm, self.feed_forward
-        if backend == "triton" and takes(x, self.config.intermediate_size, inner.gated):
+        if backend == "triton" and takes(x, self.config):
             return relu2_feed_forward(x, norm.weight, inner.up.weight, inner.down.weight, norm.eps)
         return cast(Tensor, x + inner(norm(x)))
 

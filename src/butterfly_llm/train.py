@@ -44,6 +44,7 @@ from butterfly_llm.data import Corpus, check_length, sample_windows, val_windows
 from butterfly_llm.generate import generate_text
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import default_backend
+from butterfly_llm.ops.feed_forward import reason_against
 from butterfly_llm.optim import Optimizers, fixed_bytes, learning_rate, length_at, progress_at
 from butterfly_llm.recompute import Load, describe
 from butterfly_llm.reporting import Reporter, plain_warnings
@@ -456,13 +457,15 @@ def training_load(config: TrainConfig, model_config: ButterflyConfig, device: st
     """What a training step has to hold; value_bytes: size of one activation, 2 or 4."""
     with torch.device("meta"):
         model = Butterfly(model_config)
+    fused = default_backend(device) == "triton"
     return Load(
         model_config,
         chars=max(config.micro_windows(length) * length for _, length in config.lengths),
         value_bytes=value_bytes,
         fixed_bytes=fixed_bytes(model),
         compiled=config.compile,
-        fused=default_backend(device) == "triton",
+        fused=fused,
+        fused_feed_forward=fused and reason_against(model_config) is None,
     )
 
 

@@ -166,6 +166,7 @@ class RecurrentLayer(nn.Module):
 
     def __init__(self, config: ButterflyConfig, mixer: nn.Module) -> None:
         super().__init__()
+        self.config = config
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = mixer
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -183,7 +184,7 @@ class RecurrentLayer(nn.Module):
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:
         x = x + y
         norm, inner, rows = self.feed_forward_norm, self.feed_forward, x.flatten(0, 1)
-        if takes(rows, inner.down.in_features, inner.gated):
+        if takes(rows, self.config):
             out = relu2_feed_forward(rows, norm.weight, inner.up.weight, inner.down.weight, norm.eps)
             return out.view(x.shape)
         return cast(Tensor, x + inner(norm(x)))

@@ -16,7 +16,19 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from typing import Any, NoReturn
 
-BENCHES = ("batch", "decode", "ops", "peers", "prefill", "relay", "rings", "stream", "train", "twins")
+BENCHES = (
+    "batch",
+    "decode",
+    "feed_forward",
+    "ops",
+    "peers",
+    "prefill",
+    "relay",
+    "rings",
+    "stream",
+    "train",
+    "twins",
+)
 
 
 class Parser(argparse.ArgumentParser):

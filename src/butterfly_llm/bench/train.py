@@ -24,7 +24,7 @@ from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.memory import available_bytes
 from butterfly_llm.model import Butterfly
-from butterfly_llm.ops import backends
+from butterfly_llm.ops import backends, feed_forward
 from butterfly_llm.optim import Optimizers, fixed_bytes
 from butterfly_llm.recompute import Load, Mode, describe
 
@@ -63,6 +63,7 @@ def time_steps(
         fixed_bytes=fixed_bytes(model),
         compiled=compiled,
         fused=backend == "triton",
+        fused_feed_forward=backend == "triton" and feed_forward.reason_against(config) is None,
     )
     plan = load.plan(mode, free)
     model.gradient_checkpointing, model.recompute = plan is not None, plan or model.recompute
@@ -105,6 +106,7 @@ def time_steps(
         "backend": backend,
         "compiled": compiled,
         "cuda_graph": graph,
+        "feed_forward": feed_forward.reason_against(config) or "fused",
         "recompute": describe(plan, config.num_layers),
         "estimated_bytes": load.nbytes(plan),
         "ms": {key: round(1000 * value, 1) for key, value in times.items()},
@@ -137,6 +139,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=5, help="steps timed, after two that do not count")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
+    parser.add_argument(
+        "--fused-feed-forward", action="store_true", help="with its kernel, which is off by default"
+    )
     parser.add_argument("--no-graph", action="store_true", help="launch from the host, no CUDA graph")
 
 
@@ -146,6 +151,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = ButterflyConfig.preset(options.preset)
     if options.levels is not None:
         config = config.with_levels(options.levels)
+    feed_forward.ENABLED = options.fused_feed_forward
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     nominal = next((rate for name, rate in NOMINAL.items() if name in device), None)
     measured = matmul_rate(*(("cpu", torch.float32) if device == "cpu" else ("cuda", torch.bfloat16)))

@@ -63,6 +63,7 @@ def _describe(config: ButterflyConfig) -> dict[str, Any]:
 
     from butterfly_llm.cache import cache_nbytes
     from butterfly_llm.model import Butterfly
+    from butterfly_llm.ops.feed_forward import reason_against
 
     with torch.device("meta"):
         parameters = Butterfly(config).num_parameters()
@@ -70,6 +71,7 @@ def _describe(config: ButterflyConfig) -> dict[str, Any]:
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "parameters": parameters,
+        "feed_forward": reason_against(config) or "fused",
         "reach_chars": config.reach_chars,
         "state_bytes_float32": cache_nbytes(config, 1, torch.float32) if config.causal else None,
         "config": config.to_dict(),
@@ -87,6 +89,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
         yield (
             f"model {name}: {model['parameters']:,} parameters, {model['layers']} layers of width "
             f"{model['hidden_size']}, reach {model['reach_chars']:,} characters, "
+            f"feed-forward {model['feed_forward']}, "
             f"state {format_bytes(state) if state is not None else 'none (bidirectional)'}"
         )
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.ops import triton_attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,7 +42,7 @@ class Tiles:
 FORCED_TILES: dict[Pass, Tiles] = {}
 """Overrides the table below, for measurements."""
 ENABLED = False
-"""For measurements: models with the backend triton use the kernel."""
+"""Models with the backend triton use the kernel. Off until `butterfly bench feed_forward` has measured it."""
 
 
 def tiles(which: Pass, dtype: torch.dtype, columns: int, size: int, shared_limit: int) -> Tiles:
@@ -70,23 +71,24 @@ def _power_of_two_in(number: int) -> int:
     return number & -number
 
 
-def reason_against(hidden_size: int, intermediate_size: int, gated: bool) -> str | None:
-    """Why a layer of these sizes is not fused with the backend triton; None if it is."""
-    if gated:
-        return "swiglu has no kernel"
-    if hidden_size % _STEP or intermediate_size % _STEP:
-        return f"widths {hidden_size} and {intermediate_size} are not multiples of {_STEP}"
+def reason_against(config: ButterflyConfig) -> str | None:
+    """Why the layers of a model are not fused with the backend triton; None if they are."""
+    if not ENABLED:
+        return "compiled, the fused kernel is off"
+    if config.feed_forward != "relu2":
+        return f"{config.feed_forward} has no kernel"
+    if config.hidden_size % _STEP or config.intermediate_size % _STEP:
+        return f"widths {config.hidden_size} and {config.intermediate_size} are not multiples of {_STEP}"
     return None
 
 
-def takes(x: Tensor, intermediate_size: int, gated: bool) -> bool:
-    """Whether `relu2_feed_forward` has kernels for rows x (T, d) here."""
+def takes(x: Tensor, config: ButterflyConfig) -> bool:
+    """Whether `relu2_feed_forward` has kernels for rows x (T, d) here, and they pay."""
     return (
-        ENABLED
-        and x.dtype in DTYPES
+        x.dtype in DTYPES
         and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
         and len(x) >= _FEWEST_ROWS
-        and reason_against(x.shape[1], intermediate_size, gated) is None
+        and reason_against(config) is None
     )
 
 
