@@ -45,6 +45,9 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("variants", nargs="+")
     parser.add_argument("--length", type=int, default=4096, help="characters in a window")
+    parser.add_argument(
+        "--grow", action="store_true", help="windows an eighth as long at first, whole from half of the run"
+    )
     parser.add_argument("--levels", type=int, help="levels in a pass; default: as the length needs")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1800)
@@ -63,10 +66,12 @@ def main() -> None:
             num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2,
         )  # fmt: skip
         model_config = ButterflyConfig.from_dict(model_config.to_dict() | model_changes)
+        parts = ((0.15, 8), (0.3, 4), (0.5, 2)) if options.grow else ()
+        lengths = [[until, options.length // part] for until, part in parts] + [[1.0, options.length]]
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig.from_dict({
                 "corpus": str(options.corpus), "out": out, "steps": options.steps,
-                "batch_chars": options.chars, "lengths": [[1.0, options.length]], "learning_rate": 2e-3,
+                "batch_chars": options.chars, "lengths": lengths, "learning_rate": 2e-3,
                 "warmup_steps": 50, "decay_from": 0.5,
                 "final_rate": 0.05, "decay": "linear", "compile": torch.cuda.is_available(), "log_every": 100,
                 "val_chars": 1 << 20, "val_length": options.length, "checkpoint_minutes": 0.0,

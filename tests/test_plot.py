@@ -1,5 +1,6 @@
 """Figures: written whole, of the kind asked for, refused in one line."""
 
+import dataclasses
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -313,6 +314,15 @@ def test_attention_map_is_what_the_layer_computes(topology, layer, chars):
     y = torch.einsum("hqk,khd->qhd", weights, torch.cat([there, v[start:]]))
     assert torch.allclose(y, expected[start:], atol=1e-5)
     assert torch.allclose(weights.sum(-1), torch.ones(()))
+
+
+def test_the_attention_map_of_a_text_that_is_read_in_slices():
+    model = random_model(ButterflyConfig.preset("micro"))
+    ids = torch.randint(0, 256, (100,))
+    whole = attention_map(model, ids, 3)
+    model.recompute = dataclasses.replace(model.recompute, slice_rows=32)
+    assert torch.equal(attention_map(model, ids, 3), whole)
+    assert model.recompute.slice_rows == 32
 
 
 def test_attention_figure_spells_the_text_out(tmp_path, labels):

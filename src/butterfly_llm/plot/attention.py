@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +31,13 @@ def attention_map(model: Butterfly, ids: Tensor, layer: int) -> Tensor:
     seen: list[tuple[Tensor, Tensor | None, Any]] = []
     module = cast(Layer, model.layers[layer])
     hook = module.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0], inputs[1], inputs[2])))
+    plan = model.recompute
+    model.recompute = dataclasses.replace(plan, slice_rows=max(plan.slice_rows, len(ids)))  # whole layers
     try:
         model.hidden(ids[None])
     finally:
         hook.remove()
+        model.recompute = plan
     x, memory, angles = seen[0]
     q, k, _ = module._project(x[0], None if memory is None else memory[0], angles)  # (N, H, D), (N, K, D)
     size = config.chunk_size
