@@ -506,6 +506,16 @@ def test_corpus_shorter_than_a_window_is_one_line(tmp_path: Path, draw) -> None:
         draw(bare_corpus(tmp_path, 64))
 
 
+def test_a_corpus_is_read_where_files_have_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(range(256)))
+    corpus = Corpus(tmp_path / "a.bin")
+    monkeypatch.delattr(os, "pread")  # as on Windows
+    assert corpus.read(250, 256).tolist() == list(range(250, 256))
+    assert corpus.read(3, 5).tolist() == [3, 4]
+    with pytest.raises(ValueError, match="cut short"):
+        corpus.read(255, 257)
+
+
 def test_decompression_bomb_is_refused(tmp_path: Path, out: Path, monkeypatch) -> None:
     monkeypatch.setattr(archives, "MAX_UNPACKED", 1 << 20)
     path = tmp_path / "bomb.gz"

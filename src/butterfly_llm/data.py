@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -498,7 +499,8 @@ class Corpus:
                 f"{self.path}: the {split} split is empty; prepare more projects or hold some out"
             )
         self.data = np.memmap(self.path, dtype=np.uint8, mode="r")
-        self._descriptor = os.open(self.path, os.O_RDONLY)
+        self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._reading = threading.Lock()
         weakref.finalize(self, os.close, self._descriptor)
 
     def __len__(self) -> int:
@@ -508,11 +510,17 @@ class Corpus:
     def read(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Characters start <= i < stop, read from the file; ValueError when it has been cut short."""
         data = bytearray()
-        while piece := os.pread(self._descriptor, stop - start - len(data), start + len(data)):
+        while piece := self._read_at(start + len(data), stop - start - len(data)):
             data += piece
         if len(data) != stop - start:
             raise ValueError(f"{self.path}: was cut short while in use; prepare the corpus again")
         return np.frombuffer(data, np.uint8)
+
+    def _read_at(self, place: int, count: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._descriptor, count, place)
+        with self._reading, open(self._descriptor, "rb", 0, closefd=False) as file:  # on Windows
+            return file.read(count) if file.seek(place) == place else b""
 
     def _read_manifest(self, path: Path) -> int:
         """Take documents and encoding from the manifest; the split's length in characters."""
