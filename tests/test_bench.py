@@ -80,6 +80,9 @@ def test_train_says_what_is_recomputed_and_how_much_memory_that_takes(run):
     kept = json.loads(out.splitlines()[-1])["rows"]
     assert "every activation is kept" in kept[0]["recompute"]
     assert kept[0]["estimated_bytes"] > rows[0]["estimated_bytes"]
+    _, out, _ = run("train", *MICRO.split(), "--recompute", "offload")
+    (moved,) = json.loads(out.splitlines()[-1])["rows"][:1]
+    assert moved["host_bytes"] > 0 == kept[0]["host_bytes"] and "the host's memory" in moved["recompute"]
 
 
 def test_stream_with_json_leaves_stdout_to_the_object(run, checkpoint, monkeypatch):

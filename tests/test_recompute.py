@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.model import Butterfly
+from butterfly_llm.offload import LayerInput, host_bytes
 from butterfly_llm.recompute import Load, Recompute, describe, fewest_slots
 from butterfly_llm.train import training_load
 from conftest import random_model
@@ -30,6 +33,8 @@ PLANS = [
     Recompute(slots=4, slice_rows=50),
     Recompute(slots=6),
     Recompute(whole=3),
+    Recompute(on_host=4, slice_rows=50, keep_projections=True),
+    Recompute(on_host=8),
 ]
 
 
@@ -62,6 +67,94 @@ def test_slices_need_not_begin_with_a_chunk() -> None:
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("on_host", [1, 4, 6])
+def test_inputs_in_the_host_memory_change_no_bit(on_host: int) -> None:
+    """Two windows, several slices, and the next batch right after the first."""
+    model = random_model(ButterflyConfig.preset("micro"))
+    for seed in (1, 2):
+        ids = torch.randint(256, (2, 122), generator=torch.Generator().manual_seed(seed))
+        device = gradients(model, ids, Recompute(slice_rows=50))
+        host = gradients(model, ids, Recompute(slice_rows=50, keep_projections=True, on_host=on_host))
+        assert len(device) == len(host) > 50 and all(map(torch.equal, device, host))
+
+
+def test_inputs_that_the_carry_is_written_from_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In `micro` layers 1 and 4 begin a pass."""
+    asked: list[bool] = []
+
+    def layer_input(x: Tensor, before: LayerInput | None, on_host: bool) -> LayerInput:
+        asked.append(on_host)
+        return LayerInput(x, before, on_host)
+
+    monkeypatch.setattr("butterfly_llm.model.LayerInput", layer_input)
+    for carry_size, stay in ((16, {1, 4, 7}), (0, {6, 7})):
+        asked.clear()
+        model = random_model(ButterflyConfig.preset("micro", carry_size=carry_size))
+        gradients(model, torch.randint(256, (1, 65)), Recompute(on_host=5 if carry_size else 6))
+        assert {i for i, on_host in enumerate(asked) if not on_host} == stay and len(asked) == 8
+
+
+def test_inputs_leave_the_device_and_come_back_one_layer_ahead() -> None:
+    """Of six inputs the fourth and the fifth stay on the device."""
+    inputs: list[LayerInput] = []
+    values = [torch.full((3, 5), float(i)) for i in range(6)]
+
+    def held() -> list[int]:
+        return [i for i, x in enumerate(inputs) if x._x is not None]
+
+    for i, value in enumerate(values):
+        inputs.append(LayerInput(value.clone(), inputs[-1] if inputs else None, on_host=i not in (3, 4)))
+    assert held() == [3, 4, 5]  # the last one has not been run yet
+    for i in reversed(range(6)):
+        assert torch.equal(inputs[i].take(), values[i])
+        assert held() == [j for j in range(i) if j in (3, 4, i - 1)]
+
+
+class LateCopies:
+    """A stream whose copies run only when they are waited for, and notice what was let go before."""
+
+    def __init__(self) -> None:
+        self.queue: list[tuple[bool, Tensor, Callable[[], Any], int, int]] = []
+        self.done = 0
+
+    def copy(self, device: torch.device, pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
+        for target, source in pairs:
+            fetches = target.untyped_storage().nbytes() > source.untyped_storage().nbytes()
+            block, part = (source, target) if fetches else (target, source)
+            target.fill_(math.nan)
+            storage = weakref.ref(part.untyped_storage())
+            self.queue.append((fetches, block, storage, part.storage_offset(), len(part)))
+        return len(self.queue)
+
+    def wait_event(self, event: int) -> None:
+        for fetches, block, storage, offset, length in self.queue[self.done : event]:
+            assert storage() is not None, "let go before its copy was done"
+            part = block.new_empty(0).set_(storage(), offset, (length,))
+            (part if fetches else block).copy_(block if fetches else part)
+        self.done = max(self.done, event)
+
+
+def test_copies_may_be_as_late_as_they_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nothing is used, given back or overwritten before the copy that reads or writes it."""
+    model = random_model(ButterflyConfig.preset("micro"))
+    plan = Recompute(slice_rows=50, keep_projections=True)
+    batches = torch.randint(256, (2, 2, 122), generator=torch.Generator().manual_seed(1))
+    wanted = [gradients(model, ids, plan) for ids in batches]
+    late = LateCopies()
+    monkeypatch.setattr("butterfly_llm.offload._copy", late.copy)
+    monkeypatch.setattr("butterfly_llm.offload._BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: late)
+    for ids, plain in zip(batches, wanted, strict=True):
+        assert all(map(torch.equal, plain, gradients(model, ids, dataclasses.replace(plan, on_host=6))))
+    assert late.done == len(late.queue) == 2 * (6 + 5) * 16  # the last one has never left; blocks of 4 KB
+
+
+def test_host_memory_comes_in_powers_of_two() -> None:
+    assert [host_bytes(n) for n in (0, 1, 2, 3, 1 << 20, (1 << 20) + 1)] == [0, 1, 2, 4, 1 << 20, 1 << 21]
+    assert host_bytes(1_048_576 * 768 * 2) == 1_048_576 * 768 * 2  # six whole blocks
+    assert host_bytes((1 << 28) + 3) == (1 << 28) + 4
+
+
 def test_long_texts_are_read_in_slices() -> None:
     model = random_model(ButterflyConfig.preset("micro"))
     ids = torch.randint(256, (2, 122))
@@ -86,6 +179,21 @@ def test_too_few_slots_are_refused() -> None:
     assert fewest_slots(53) == 10 and fewest_slots(1) == 1
     with pytest.raises(ValueError, match="9 slots are too few to recompute 53 layers: it takes 10"):
         Recompute(9).segments(53)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_slices_project_twice_unless_that_is_kept(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    rows = []
+
+    def project(layer: Any, x: Tensor, *rest: Any) -> Any:
+        rows.append(len(x))
+        return type(layer)._project(layer, x, *rest)
+
+    for layer in model.layers:
+        monkeypatch.setattr(layer, "project", project)
+    gradients(model, torch.randint(256, (1, 65)), Recompute(slice_rows=32, keep_projections=keep))
+    assert sum(rows) == len(model.layers) * 64 * (2 if keep else 3)
 
 
 @pytest.mark.parametrize(("slots", "runs"), [(None, 2), (4, 3)])
@@ -134,7 +242,16 @@ class Peak(TorchDispatchMode):
 SHAPE = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 2, "intermediate_size": 512, "carry_size": 16}
 
 
-@pytest.mark.parametrize("recompute", [None, Recompute(slice_rows=256), Recompute(slots=5, slice_rows=256)])
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        None,
+        Recompute(slice_rows=256),
+        Recompute(slots=5, slice_rows=256),
+        Recompute(slice_rows=256, keep_projections=True),
+        Recompute(slice_rows=256, on_host=8),
+    ],
+)
 def test_the_estimate_is_near_the_measured_peak(recompute: Recompute | None) -> None:
     config = ButterflyConfig.preset("micro", **SHAPE, num_passes=1, num_levels=6, num_local_layers=2)
     model = random_model(config)
@@ -144,7 +261,7 @@ def test_the_estimate_is_near_the_measured_peak(recompute: Recompute | None) -> 
     with Peak() as peak:
         model.loss(ids[:, :-1], ids[:, 1:]).backward()
     load = Load(config, chars=4096, value_bytes=4, fixed_bytes=0, fused=False)
-    ratio = load.nbytes(recompute) / peak.most
+    ratio = (load.nbytes(recompute) + load.host_bytes(recompute)) / peak.most  # on the CPU both are one
     print(ratio, peak.most)
     assert 0.9 < ratio < 1.6
     if recompute:
@@ -189,8 +306,48 @@ def test_fused_feed_forward_keeps_the_squares_alone() -> None:
     assert few is not None and many is not None and many.whole > few.whole + 5
 
 
+def test_inputs_go_to_the_host_before_segments_are_run_again() -> None:
+    """On a GPU whose host has the memory; `offload` by name asks for it whether or not it is there."""
+    length = 1_048_576
+    config = TrainConfig(batch_chars=length, lengths=((1.0, length),), compile=True)
+    load = training_load(config, ButterflyConfig.preset("full").with_levels(13), "cuda", 2)
+    load = dataclasses.replace(load, fused=True)
+    plan = load.plan("auto", 84_000_000_000, 128_000_000_000)
+    assert plan is not None and plan.slots is None and plan.keep_projections and 0 < plan.on_host <= 49
+    assert load.nbytes(plan) <= 72e9
+    assert load.host_bytes(plan) == plan.on_host * length * 768 * 2
+    fewer = dataclasses.replace(plan, on_host=plan.on_host - 1)
+    assert load.nbytes(fewer) - load.nbytes(plan) == length * 768 * 2 and load.nbytes(fewer) > 0.85 * 84e9
+    twice = dataclasses.replace(plan, keep_projections=False)  # queries, keys and values at the least
+    assert load.nbytes(plan) - load.nbytes(twice) > 3 * length * 768 * 2
+    words = describe(plan, 53)
+    assert f"{plan.on_host} of 53" in words and "without a CUDA graph" in words
+    for free_host in (0, 64_000_000_000):
+        other = load.plan("auto", 84_000_000_000, free_host)
+        assert other is not None and other.slots is not None
+    assert load.plan("offload", 84_000_000_000, 0) == plan
+    assert load.plan("offload", 1) == Recompute(on_host=49)  # one for each of the passes stays
+    short = dataclasses.replace(load, chars=131_072)
+    some = short.plan("auto", 84_000_000_000, 128_000_000_000)
+    assert some is not None and some.whole > 0 and not some.on_host
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", PLANS[1:4], ids=str)
+def test_a_gpu_gets_the_same_bits_back_from_the_host() -> None:
+    """Copies of 25 MB that take longer than the layers beside them, the next batch right after the first."""
+    model = random_model(ButterflyConfig.preset("tiny")).cuda()
+    model.compute_dtype = torch.bfloat16
+    batches = torch.randint(256, (4, 2, 49_153), generator=torch.Generator().manual_seed(1)).cuda()
+    plan = Recompute(slice_rows=16_384, keep_projections=True)
+    wanted = [gradients(model, ids, plan) for ids in batches]
+    for on_host in (1, 10):
+        found = [gradients(model, ids, dataclasses.replace(plan, on_host=on_host)) for ids in batches]
+        for a, b in zip(wanted, found, strict=True):
+            assert len(a) == len(b) > 50 and all(map(torch.equal, a, b))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [*PLANS[1:4], PLANS[-2]], ids=str)
 def test_a_gpu_recomputes_through_its_kernels(plan: Recompute) -> None:
     model = random_model(ButterflyConfig.preset("micro")).cuda()
     ids = torch.randint(256, (2, 122), generator=torch.Generator().manual_seed(1)).cuda()

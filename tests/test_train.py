@@ -29,6 +29,7 @@ from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.data import Corpus, prepare
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import Muon, Optimizers, learning_rate, length_at, progress_at
+from butterfly_llm.recompute import Load
 from butterfly_llm.train import TrainingDiverged, TrainResult, load_run, main, train, training_load
 from conftest import random_model
 
@@ -398,7 +399,7 @@ def test_recomputed_activations_give_the_same_run(
     settings: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = train(settings, NANO)
-    for mode, deterministic in (("layer", True), ("nested", False)):
+    for mode, deterministic in (("layer", True), ("offload", False), ("nested", False)):
         config = change(settings, gradient_checkpointing=mode, deterministic=deterministic)
         try:
             again = train(change(config, out=settings.out + mode), NANO)
@@ -437,6 +438,15 @@ def test_what_does_not_fit_is_refused_before_it_is_made(
     monkeypatch.setattr("butterfly_llm.memory.available_bytes", lambda device="cpu": 10_000)
     with pytest.raises(ValueError, match=r"training needs .* on cpu, 10\.0 KB are free: lower micro_chars"):
         train(settings, NANO)
+    assert not os.path.exists(settings.out)
+
+
+def test_inputs_that_the_host_cannot_hold_are_refused(
+    settings: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Load, "host_bytes", lambda *_: 10**15)
+    with pytest.raises(ValueError, match=r"offload needs 1000000.0 GB on cpu, .* set .* to nested"):
+        train(change(settings, gradient_checkpointing="offload"), NANO)
     assert not os.path.exists(settings.out)
 
 

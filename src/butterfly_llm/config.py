@@ -284,14 +284,15 @@ class TrainConfig:
     """Type of the activations; weights are always kept in float32. auto: bfloat16 on a GPU, else float32."""
     compile: bool = False
     """Compile the layers (slow first steps, then faster)."""
-    gradient_checkpointing: Literal["auto", "none", "layer", "nested"] = "auto"
+    gradient_checkpointing: Literal["auto", "none", "layer", "offload", "nested"] = "auto"
     """What the backward pass recomputes to save memory. none: nothing. layer: each layer from its input, a
-    third more work. nested: not all the inputs are kept either, up to two thirds more. auto: the first that
-    fits."""
+    third more work. offload: the same, the inputs that do not fit in the host's memory. nested: not all the
+    inputs are kept either, up to two thirds more. auto: the first that fits, offload on a GPU alone."""
     deterministic: bool = False
     """Use deterministic kernels only; refuses operations that have none."""
     cuda_graph: bool = True
-    """On a GPU: replay forward and backward pass as one CUDA graph, captured for each window length."""
+    """On a GPU: replay forward and backward pass as one CUDA graph, captured for each window length; not
+    where inputs go to the host's memory (gradient_checkpointing offload)."""
 
     log_every: int = 10
     """Steps between lines in metrics.jsonl; each one waits for the device."""
@@ -339,9 +340,9 @@ class TrainConfig:
         mode: Any = self.gradient_checkpointing
         if isinstance(mode, bool):  # as earlier versions wrote it
             object.__setattr__(self, "gradient_checkpointing", "layer" if mode else "none")
-        elif mode not in ("auto", "none", "layer", "nested"):
+        elif mode not in ("auto", "none", "layer", "offload", "nested"):
             raise ValueError(
-                f"train: gradient_checkpointing must be auto, none, layer or nested, not {mode!r}"
+                f"train: gradient_checkpointing must be auto, none, layer, offload or nested, not {mode!r}"
             )
         if self.decay not in ("cosine", "linear"):
             raise ValueError(f"train: decay must be cosine or linear, not {self.decay!r}")

@@ -21,6 +21,7 @@ from butterfly_llm.cache import Cache, prefill_slice, routes_of
 from butterfly_llm.carry import CarryMerge, CarryWrite, lanes_of
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.modules import FeedForward, Linear, RMSNorm
+from butterfly_llm.offload import LayerInput
 from butterfly_llm.ops import Backend, butterfly_attention, default_backend, numpy_step
 from butterfly_llm.ops.feed_forward import relu2_feed_forward, takes
 from butterfly_llm.ops.loss import linear_cross_entropy
@@ -267,6 +268,11 @@ class Butterfly(nn.Module):
                     finished = scan
         return x, scan, finished
 
+    def _inputs_on_host(self) -> set[int]:
+        """The layers whose inputs `recompute` sends to the host's memory."""
+        movable = [r.index for r in self.routes if not (r.starts_pass and len(self.writes))]
+        return set(movable[: self.recompute.on_host])
+
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, N) -> normalised hidden states (B, N, d) in the compute dtype."""
         if ids.ndim != 2:
@@ -282,14 +288,20 @@ class Butterfly(nn.Module):
         slicing = recompute or (not torch.is_grad_enabled() and ids.numel() > rows)
 
         angles = self._angles(0, ids)
+        on_host = self._inputs_on_host() if recompute else set()
+        projections = self.recompute.keep_projections
+        kept: LayerInput | None = None
 
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
+            nonlocal kept
             layer, stride = cast(Layer, self.layers[index]), self.routes[index].stride
+            if on_host:
+                kept = LayerInput(x, kept, index in on_host)
             if slicing and not (recompute and index >= first_whole):
-                return recomputed_layer(layer, x, memory, angles, stride, backend, rows)
+                return recomputed_layer(layer, x, memory, angles, stride, backend, rows, kept, projections)
             return cast(Tensor, layer(x, memory, angles, stride, backend))
 
-        def kept(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def light(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
             """`run`, of which only the inputs are kept where layers are recomputed."""
             return partial(checkpoint, run, **_CHECKPOINT) if recompute else run
 
@@ -303,7 +315,7 @@ class Butterfly(nn.Module):
             module = cast(CarryWrite, self.writes[index])
             return self._write(module, x.flatten(0, 1)).view(*x.shape[:2], -1)
 
-        walk = partial(self._walk, run_layer=run_layer, run_merge=kept(merge), run_write=kept(write))
+        walk = partial(self._walk, run_layer=run_layer, run_merge=light(merge), run_write=light(write))
         segments = self.recompute.segments(len(self.routes)) if recompute else [(0, len(self.routes))]
         state: tuple[Tensor, Tensor | None, Tensor | None] = self._embed(ids), None, None
         for start, stop in segments:

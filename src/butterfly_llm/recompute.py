@@ -1,8 +1,9 @@
 """What the backward pass recomputes instead of keeping, and how much memory each choice takes.
 
 Keeping everything is fastest. Next, only the input of each layer is kept and the layer is run once more in
-the backward pass. For the longest sequences not even every input fits: then `slots` of them are held at a
-time, at the borders of segments, and a segment is run once more to get at the inputs inside it.
+the backward pass. For the longest sequences not even every input fits: then the first ones go to the host's
+memory (`offload`), or `slots` of them are held at a time, at the borders of segments, and a segment is run
+once more to get at the inputs inside it.
 
 A recomputed layer takes all that sees characters as rows in slices of rows, forward and backward, so that the
 wide feed-forward activations never exist for the whole sequence.
@@ -12,17 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.offload import LayerInput, host_bytes
 
 Angles = tuple[Tensor, Tensor]  # of `ops.rope`
-Mode = Literal["auto", "none", "layer", "nested"]
+Mode = Literal["auto", "none", "layer", "offload", "nested"]
 # Shares of the free memory that a plan may fill: allocators leave gaps, more where much is recomputed.
 _FULL, _FULL_RECOMPUTING = 0.93, 0.85
+_FULL_HOST = 0.8
 _LOSS_ROWS = 131_072
 
 
@@ -36,6 +40,12 @@ class Recompute:
     """Characters (of all rows of the batch together) that are taken through a layer's products at a time."""
     whole: int = 0
     """The last layers that keep everything, where all inputs are held."""
+    on_host: int = 0
+    """Layers, the first ones, whose inputs lie in the host's memory. Those a pass starts with do not count:
+    the carry is written from them, so they stay on the device."""
+    keep_projections: bool = False
+    """In a layer's backward pass keep what queries, keys and values came from: slices project once then, not
+    twice."""
 
     def segments(self, num_layers: int) -> list[tuple[int, int]]:
         """Layers (start, stop) to run as one: the last segment needs no second run.
@@ -89,66 +99,81 @@ def recomputed_layer(
     stride: int,
     backend: Any,
     slice_rows: int,
+    kept: LayerInput | None = None,
+    keep_projections: bool = False,
 ) -> Tensor:
-    """x (B, N, d), memory (B, N, M) or None -> (B, N, d); keeps x and memory alone for the backward pass."""
+    """x (B, N, d), memory (B, N, M) or None -> (B, N, d); keeps x and memory alone for the backward pass.
+
+    kept: x, where it is kept in another way than with the graph. keep_projections: as in `Recompute`.
+    """
     project, finish = layer.parts()
-    y = _Recomputed.apply(layer, angles, stride, backend, slice_rows, x, memory, *project, *finish)  # type: ignore[no-untyped-call]
+    how = _How(layer, angles, stride, backend, slice_rows, kept, keep_projections)
+    y = _Recomputed.apply(how, x, memory, *project, *finish)  # type: ignore[no-untyped-call]
     assert isinstance(y, Tensor)
     return y
 
 
+@dataclass(frozen=True)
+class _How:
+    """What a layer is run with, besides its input and parameters."""
+
+    layer: SlicedLayer
+    angles: Angles | None
+    stride: int
+    backend: Any
+    slice_rows: int
+    kept: LayerInput | None
+    keep_projections: bool
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        layer: SlicedLayer,
-        angles: Angles | None,
-        stride: int,
-        backend: Any,
-        slice_rows: int,
-        x: Tensor,
-        memory: Tensor | None,
-        *parameters: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, memory)
-        ctx.rest = layer, angles, stride, backend, slice_rows
-        if x.shape[:2].numel() <= slice_rows:
-            return layer(x, memory, angles, stride, backend)
-        q, k, v = _project(layer, x, memory, angles, slice_rows)
-        y = layer.attend(q, k, v, stride, backend).flatten(0, 1)
+    def forward(ctx: Any, how: _How, x: Tensor, memory: Tensor | None, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x if how.kept is None else None, memory)
+        ctx.how = how
+        layer = how.layer
+        if x.shape[:2].numel() <= how.slice_rows:
+            return layer(x, memory, how.angles, how.stride, how.backend)
+        q, k, v = _project(how, x, memory)[0]
+        y = layer.attend(q, k, v, how.stride, how.backend).flatten(0, 1)
         del q, k, v
         rows = x.flatten(0, 1)
         out = torch.empty_like(rows)
-        for part in _slices(len(rows), slice_rows):
-            out[part] = layer.finish(layer, rows[part], y[part], backend)
+        for part in _slices(len(rows), how.slice_rows):
+            out[part] = layer.finish(layer, rows[part], y[part], how.backend)
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, memory = ctx.saved_tensors
-        layer, angles, stride, backend, slice_rows = ctx.rest
+        how: _How = ctx.how
+        layer, angles, stride, backend = how.layer, how.angles, how.stride, how.backend
+        if how.kept is not None:
+            x = how.kept.take()
         project, finish = layer.parts()
         rows, lanes = x.flatten(0, 1), None if memory is None else memory.flatten(0, 1)
         dout = gradients[0].flatten(0, 1)
-        slices = _slices(len(rows), slice_rows)
+        slices = _slices(len(rows), how.slice_rows)
         if len(slices) == 1:  # nothing needs to be projected twice
             leaves = [z.detach().requires_grad_() for z in (x, memory) if z is not None]
             with torch.enable_grad():
-                out = layer(*leaves, *((None,) if memory is None else ()), angles, stride, backend)
+                out = layer(leaves[0], leaves[1] if len(leaves) > 1 else None, angles, stride, backend)
             found = torch.autograd.grad(out, [*leaves, *project, *finish], gradients[0])
-            return (None,) * 5 + (*found[: len(leaves)], *([None] * (2 - len(leaves))), *found[len(leaves) :])
+            return (None, *found[: len(leaves)], *([None] * (2 - len(leaves))), *found[len(leaves) :])
 
-        q, k, v = (z.requires_grad_() for z in _project(layer, x, memory, angles, slice_rows))
+        whole, graphs = _project(how, x, memory, keep_graphs=how.keep_projections)
+        q, k, v = (z.requires_grad_() for z in whole)
+        del whole
         with torch.enable_grad():
             y = layer.attend(q, k, v, stride, backend)
         heard = y.detach().flatten(0, 1)
         dx, dy = torch.empty_like(rows), torch.empty_like(heard)
         finish_sum = [torch.zeros_like(p) for p in finish]
         for part in slices:
-            inputs = [rows[part].detach().requires_grad_(), heard[part].requires_grad_()]
+            own, theirs = rows[part].detach().requires_grad_(), heard[part].requires_grad_()
             with torch.enable_grad():
-                out = layer.finish(layer, *inputs, backend)
-            found = torch.autograd.grad(out, [*inputs, *finish], dout[part])
+                out = layer.finish(layer, own, theirs, backend)
+            found = torch.autograd.grad(out, [own, theirs, *finish], dout[part])
             dx[part], dy[part] = found[:2]
             _add(finish_sum, found[2:])
         del dout, heard
@@ -158,19 +183,16 @@ class _Recomputed(torch.autograd.Function):
         dmemory = None if lanes is None else torch.empty_like(lanes)
         project_sum = [torch.zeros_like(p) for p in project]
         for part in slices:
-            inputs = [rows[part].detach().requires_grad_()]
-            if lanes is not None:
-                inputs.append(lanes[part].detach().requires_grad_())
-            with torch.enable_grad():
-                memory_rows = inputs[1] if len(inputs) > 1 else None
-                outputs = layer.project(layer, inputs[0], memory_rows, _angles_of(angles, part))
-            found = torch.autograd.grad(outputs, [*inputs, *project], [dq[part], dk[part], dv[part]])
+            graph = graphs.pop(0) if graphs else _projected(how, rows, lanes, part)[1]
+            found = torch.autograd.grad(
+                graph.outputs, [*graph.inputs, *project], [dq[part], dk[part], dv[part]]
+            )
             dx[part] += found[0]
             if dmemory is not None:
                 dmemory[part] = found[1]
-            _add(project_sum, found[len(inputs) :])
+            _add(project_sum, found[len(graph.inputs) :])
         return (
-            *(None,) * 5,
+            None,
             dx.view(x.shape),
             None if dmemory is None else dmemory.view(memory.shape),
             *project_sum,
@@ -182,21 +204,44 @@ def _slices(rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
+class _Graph(NamedTuple):
+    """How queries, keys and values of some rows came about; without the values themselves."""
+
+    inputs: list[Tensor]
+    """x and, where there is one, the carry."""
+    outputs: list[GradientEdge]
+
+
+def _projected(how: _How, rows: Tensor, lanes: Tensor | None, part: slice) -> tuple[list[Tensor], _Graph]:
+    """q, k, v (T, ., D) of some rows, without and with a graph."""
+    inputs = [z[part].detach().requires_grad_() for z in (rows, lanes) if z is not None]
+    with torch.enable_grad():
+        memory_rows = inputs[1] if len(inputs) > 1 else None
+        found = how.layer.project(how.layer, inputs[0], memory_rows, _angles_of(how.angles, part))
+    return [z.detach() for z in found], _Graph(inputs, [get_gradient_edge(z) for z in found])
+
+
 def _project(
-    layer: SlicedLayer, x: Tensor, memory: Tensor | None, angles: Angles | None, slice_rows: int
-) -> list[Tensor]:
-    """q, k, v (B, N, ., D) without a graph."""
+    how: _How, x: Tensor, memory: Tensor | None, keep_graphs: bool = False
+) -> tuple[list[Tensor], list[_Graph]]:
+    """q, k, v (B, N, ., D) without a graph, and where asked for the graphs of the slices."""
     rows, lanes = x.flatten(0, 1), None if memory is None else memory.flatten(0, 1)
     whole: list[Tensor] = []
-    with torch.no_grad():
-        for part in _slices(len(rows), slice_rows):
+    graphs = []
+    for part in _slices(len(rows), how.slice_rows):
+        if keep_graphs:
+            found, graph = _projected(how, rows, lanes, part)
+            graphs.append(graph)
+        else:
             memory_rows = None if lanes is None else lanes[part]
-            found = layer.project(layer, rows[part], memory_rows, _angles_of(angles, part))
-            if not whole:
-                whole = [z.new_empty(len(rows), *z.shape[1:]) for z in found]
-            for all_rows, z in zip(whole, found, strict=True):
-                all_rows[part] = z
-    return [z.view(*x.shape[:2], *z.shape[1:]) for z in whole]
+            with torch.no_grad():
+                angles = _angles_of(how.angles, part)
+                found = list(how.layer.project(how.layer, rows[part], memory_rows, angles))
+        if not whole:
+            whole = [z.new_empty(len(rows), *z.shape[1:]) for z in found]
+        for all_rows, z in zip(whole, found, strict=True):
+            all_rows[part] = z
+    return [z.view(*x.shape[:2], *z.shape[1:]) for z in whole], graphs
 
 
 def _angles_of(angles: Angles | None, rows: slice) -> Angles | None:
@@ -251,6 +296,10 @@ class Load:
         kept = slots * (hidden + carry) + config.num_passes * carry
         # One layer in the backward pass: x, dx, the gradient that came in, q k v y and their gradients.
         working = 3 * hidden + 4 * queries + 4 * keys + 4 * carry + copies
+        if recompute.on_host:
+            kept -= (recompute.on_host - 1) * hidden  # one is being fetched
+        if recompute.keep_projections:
+            working += hidden + queries + 4 * keys + carry
         rows = min(self.chars, recompute.slice_rows)
         logits = min(self.chars, _LOSS_ROWS) * config.vocab_size * (self.value_bytes + 8)
         return (
@@ -259,16 +308,25 @@ class Load:
             + max(2 * rows * layer * self.value_bytes, logits)
         )
 
-    def plan(self, mode: Mode, free: int | None) -> Recompute | None:
+    def host_bytes(self, recompute: Recompute | None) -> int:
+        """Bytes of the host's memory that layer inputs take, on a GPU pinned."""
+        on_host = 0 if recompute is None else recompute.on_host
+        return on_host * host_bytes(self.chars * self.config.hidden_size * self.value_bytes)
+
+    def plan(self, mode: Mode, free: int | None, free_host: int | None = 0) -> Recompute | None:
         """The fastest way that `mode` allows and that fits into `free` bytes; else the one that takes least.
 
-        free: None for no limit.
+        free: None for no limit. free_host: of the host's memory, 0 where inputs cannot be fetched ahead of
+        the computation; `offload` by name does not ask for it.
         """
         layers = self.config.num_layers
 
         def fits(recompute: Recompute | None) -> bool:
             share = _FULL if recompute is None else _FULL_RECOMPUTING
             return free is None or self.nbytes(recompute) <= share * free
+
+        def fits_host(recompute: Recompute) -> bool:
+            return free_host is None or self.host_bytes(recompute) <= _FULL_HOST * free_host
 
         if mode == "none" or (mode == "auto" and fits(None)):
             return None
@@ -285,6 +343,14 @@ class Load:
 
             if found := min(filter(fits, plans), key=cost, default=None):
                 return found
+        if mode in ("auto", "offload"):
+            passes = self.config.num_passes + (self.config.num_extra_levels > 0)
+            most = layers - (passes if self.config.carry_width else 0)
+            counts = range(1, most + 1)
+            offloads = [Recompute(on_host=n, keep_projections=keep) for keep in (True, False) for n in counts]
+            fitting = (plan for plan in offloads if fits(plan) and (mode == "offload" or fits_host(plan)))
+            if found := next(fitting, offloads[-1] if mode == "offload" else None):
+                return found
         fewest = fewest_slots(layers)
         slots = (slots for slots in range(layers - 1, fewest, -1) if fits(Recompute(slots)))
         return Recompute(next(slots, min(fewest, layers)))
@@ -294,6 +360,11 @@ def describe(recompute: Recompute | None, num_layers: int) -> str:
     """A plan in words."""
     if recompute is None:
         return "every activation is kept"
+    if recompute.on_host:
+        return (
+            f"layers are recomputed from their inputs, {recompute.on_host} of {num_layers} of which go to "
+            "the host's memory, without a CUDA graph (gradient_checkpointing offload)"
+        )
     if recompute.slots is None:
         layers = f"{num_layers - recompute.whole} of {num_layers} layers"
         return f"{layers} are recomputed from their inputs (gradient_checkpointing layer)"

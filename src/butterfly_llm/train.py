@@ -67,6 +67,7 @@ _CHANGEABLE = frozenset((
 _LESS_MEMORY = (
     "lower micro_chars or lengths, set gradient_checkpointing to auto or nested, or use a smaller model"
 )
+_LESS_HOST_MEMORY = "lower micro_chars or lengths, or set gradient_checkpointing to nested"
 _USUAL_SHARE = 0.05  # of a step's loss in the running mean that a spike is measured against
 
 
@@ -157,9 +158,12 @@ class _Run:
         self.device = memory.pick_device(config.device)
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
         load = training_load(config, model_config, self.device.type, 2 if half else 4)
-        plan = load.plan(config.gradient_checkpointing, memory.available_bytes(str(self.device)))
+        free_host = memory.available_bytes() if self.device.type == "cuda" else 0
+        plan = load.plan(config.gradient_checkpointing, memory.available_bytes(str(self.device)), free_host)
+        on_host = load.host_bytes(plan)
         self.estimate = load.nbytes(plan)
         memory.require(self.estimate, str(self.device), "training", _LESS_MEMORY)
+        memory.require(on_host, "cpu", "training with gradient_checkpointing offload", _LESS_HOST_MEMORY)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -190,7 +194,7 @@ class _Run:
             self.model.compile_layers()
         self.captured: CapturedLoss | None = None
         self.accumulate: Accumulate = functools.partial(accumulate, self.model)
-        if config.cuda_graph and self.device.type == "cuda":
+        if config.cuda_graph and self.device.type == "cuda" and not on_host:
             self.accumulate = self.captured = CapturedLoss(self.model)
             self.optimizers.drop_gradients = False
         self.begun = self.saved_at = self.logged_at = time.monotonic()
@@ -206,6 +210,7 @@ class _Run:
         at = f", resumed at step {self.step}" if state else ""
         self.reporter.say(f"{parameters}, {len(corpus):,} characters{at}")
         about = memory.format_bytes(self.estimate)
+        about += f" and {memory.format_bytes(on_host)} of the host's" if on_host else ""
         self.reporter.say(f"about {about} of memory: {describe(plan, model_config.num_layers)}")
 
     def elapsed(self) -> float:

@@ -22,7 +22,7 @@ from butterfly_llm.bench import run
 from butterfly_llm.bench.stream import matmul_rate
 from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.config import ButterflyConfig, TrainConfig
-from butterfly_llm.memory import available_bytes
+from butterfly_llm.memory import available_bytes, require
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import backends, feed_forward
 from butterfly_llm.optim import Optimizers, fixed_bytes
@@ -65,13 +65,15 @@ def time_steps(
         fused=backend == "triton",
         fused_feed_forward=backend == "triton" and feed_forward.reason_against(config) is None,
     )
-    plan = load.plan(mode, free)
+    plan = load.plan(mode, free, available_bytes() if device == "cuda" else 0)
+    on_host = load.host_bytes(plan)
+    require(on_host, "cpu", "bench train --recompute offload", "use --recompute nested, or lower --chars")
     model.gradient_checkpointing, model.recompute = plan is not None, plan or model.recompute
     if compiled:
         model.compile_layers()
     optimizers = Optimizers(model, TrainConfig())
     gradients: Accumulate = functools.partial(accumulate, model)
-    graph = graph and device == "cuda"
+    graph = graph and device == "cuda" and not on_host
     if graph:
         gradients, optimizers.drop_gradients = CapturedLoss(model), False
     ids = torch.randint(0, 256, (chars // length, length + 1), device=device)
@@ -109,6 +111,7 @@ def time_steps(
         "feed_forward": feed_forward.reason_against(config) or "fused",
         "recompute": describe(plan, config.num_layers),
         "estimated_bytes": load.nbytes(plan),
+        "host_bytes": on_host,
         "ms": {key: round(1000 * value, 1) for key, value in times.items()},
         "chars_per_second": round(chars / total),
         "model_tflops": round(rate / 1e12, 5),
