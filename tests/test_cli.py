@@ -514,6 +514,7 @@ def test_ctrl_c_exits_130_without_a_traceback(checkpoint):
     process = python(
         "-m", "butterfly_llm", "generate", "--context", "--prompt", "x", "--max-chars", "1000000",
         "--model", checkpoint,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )  # fmt: skip
     assert process.stdout.read(5)  # it is writing
     process.send_signal(signal.SIGINT)
