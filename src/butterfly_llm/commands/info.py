@@ -38,7 +38,8 @@ class Info:
             devices[f"cuda:{index}"] = f"{properties.name}, {format_bytes(properties.total_memory)}"
         facts: dict[str, Any] = {
             "versions": {"butterfly-llm": __version__, "python": platform.python_version()}
-            | {name: _version(name) for name in ("torch", "triton", "numpy", "safetensors")},
+            | {name: _version(name) for name in ("torch", "triton", "numpy", "safetensors")}
+            | {"torch": torch.__version__},  # with the build, which the metadata of a wheel may lack
             "devices": devices,
             "backends": backends(),
             "default_backends": {name: default_backend(name) for name in devices},
