@@ -185,14 +185,14 @@ def test_ops_without_a_gpu_is_one_line(run):
         ("train --preset smal", "unknown preset 'smal' (did you mean 'small'?)"),
         ("train --backends tritn", "invalid choice: 'tritn'"),
         ("train --chars 10 --lengths 11", "--lengths from 1 to --chars"),
-        ("", "{batch,decode,ops,peers,prefill,relay,rings,stream,train,twins}"),
+        ("", "{" + ",".join(BENCHES) + "}"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(run, arguments, message):
     code, out, err = run(*arguments.split())
     assert (code, out) == (2, "")
     assert err.startswith("butterfly: error: ") and err.count("\n") == 1, err
-    assert message in err
+    assert "".join(message.split()) in "".join(err.split())  # long lists of choices are wrapped
 
 
 def test_help_of_each_benchmark_shows_its_options(run):
