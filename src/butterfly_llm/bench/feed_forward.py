@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast, get_args
 
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from butterfly_llm.bench import run
-from butterfly_llm.bench.stream import wait
+from butterfly_llm.bench.stream import seconds
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly, Layer
 from butterfly_llm.ops import backends, feed_forward
@@ -33,18 +31,7 @@ TILES = [
     Tiles(64, 256, 64, 4, 3), Tiles(64, 128, 64, 4, 3), Tiles(128, 64, 64, 4, 3),
 ]  # fmt: skip
 _ERROR_ROWS = 1024
-
-
-def milliseconds(call: Callable[[], object], device: str, repeats: int = 15) -> float:
-    """Median of `repeats` calls after three that do not count."""
-    times = []
-    for _ in range(repeats + 3):
-        wait(device)
-        start = time.perf_counter()
-        call()
-        wait(device)
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[3:])
+_REPEATS = 15  # the fastest counts
 
 
 def kernel_rows(config: ButterflyConfig, rows: int) -> list[dict[str, Any]]:
@@ -61,7 +48,9 @@ def kernel_rows(config: ButterflyConfig, rows: int) -> list[dict[str, Any]]:
         feed_forward.FORCED_TILES[which] = cut
         held = None if which == "forward" else hidden
         try:
-            return milliseconds(lambda: feed_forward._launch(which, x, weight, factor, held), "cuda")
+            return 1e3 * seconds(
+                lambda: feed_forward._launch(which, x, weight, factor, held), _REPEATS, "cuda"
+            )
         except Exception as failure:  # Triton's own: shared memory, registers
             print(f"{which} {cut}: {str(failure).splitlines()[0]}")
             return None
@@ -127,8 +116,8 @@ def half_row(layer: Layer, rows: int, fused: bool, device: str) -> dict[str, Any
     return {
         "what": "half a layer, fused" if fused else "half a layer, compiled",
         "length": rows,
-        "read_ms": round(milliseconds(read, device), 3),
-        "both_ms": round(milliseconds(both, device), 3),
+        "read_ms": round(1e3 * seconds(read, _REPEATS, device), 3),
+        "both_ms": round(1e3 * seconds(both, _REPEATS, device), 3),
         "kept_bytes": kept,
         "errors": [float(f"{error:.2g}") for error in errors],
     }
