@@ -11,6 +11,15 @@ from torch import Tensor
 
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly
+from butterfly_llm.ops import triton_attention
+
+# Where the kernels run: on a GPU, or on the CPU under Triton's interpreter.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA and not INTERPRETED else "cpu"
+kernels = pytest.mark.skipif(
+    triton_attention.status() != "available", reason="no GPU and no interpreter here"
+)
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
 

@@ -12,16 +12,8 @@ import torch
 
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.fused_step import FusedStep
-from butterfly_llm.ops import triton_attention
 from butterfly_llm.ops.triton_rows import rows_product
-from conftest import random_model
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA and not INTERPRETED else "cpu"
-kernels = pytest.mark.skipif(
-    triton_attention.status() != "available", reason="no GPU and no interpreter here"
-)
+from conftest import CUDA, DEVICE, INTERPRETED, kernels, random_model
 
 SHAPES = {
     "micro": {},

@@ -12,7 +12,8 @@ from butterfly_llm.ops.portable import prefill_attention
 from butterfly_llm.ops.prefill import prefill_attention_triton
 from butterfly_llm.rings import ForkedRing, QuantisedRing, Ring
 from butterfly_llm.routing import Topology
-from test_triton_attention import DEVICE, TOLERANCE, kernels
+from conftest import DEVICE, kernels
+from test_triton_attention import TOLERANCE
 
 HEADS, KV_HEADS, HEAD_DIM, CHUNK = 2, 1, 32, 16
 Rings = tuple[Ring, Ring]

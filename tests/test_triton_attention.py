@@ -23,14 +23,7 @@ from butterfly_llm.ops import butterfly_attention, triton_attention
 from butterfly_llm.ops.reference import butterfly_attention_reference
 from butterfly_llm.ops.triton_attention import Tiles, butterfly_attention_triton
 from butterfly_llm.routing import Topology
-from conftest import chunk_error, random_model
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA and not INTERPRETED else "cpu"
-kernels = pytest.mark.skipif(
-    triton_attention.status() != "available", reason="no GPU and no interpreter here"
-)
+from conftest import CUDA, DEVICE, INTERPRETED, chunk_error, kernels, random_model
 
 # RMS error over RMS reference, worst chunk; observed: float32 3e-7, float16 6e-4.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

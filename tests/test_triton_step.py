@@ -12,7 +12,8 @@ from butterfly_llm.ops.portable import step_attention
 from butterfly_llm.ops.rope import rope_table, rotate
 from butterfly_llm.ops.triton_step import step_attention_triton
 from butterfly_llm.routing import Topology
-from test_triton_attention import DEVICE, TOLERANCE, kernels
+from conftest import DEVICE, kernels
+from test_triton_attention import TOLERANCE
 
 HEADS, HEAD_DIM, CHUNK = 4, 32, 16
 

@@ -79,16 +79,6 @@ Place = Callable[[np.random.Generator, int], tuple[int, int] | None]
 """(generator, slots) -> slots of a fact and its question, or None to try again."""
 
 
-def within(max_slots: int) -> Place:
-    """Anywhere in the window, at most `max_slots` apart."""
-
-    def place(generator: np.random.Generator, slots: int) -> tuple[int, int] | None:
-        fact = int(generator.integers(0, slots - 1))
-        return fact, int(generator.integers(fact + 1, min(slots, fact + max_slots + 1)))
-
-    return place
-
-
 def at_hops(count: int, slots_per_chunk: int) -> Place:
     """In the last half of the window, asked from a chunk distance of exactly `count` set bits."""
 

@@ -366,7 +366,7 @@ class _Run:
         return bits
 
     def _release_graph(self) -> None:
-        """Make room for work between two steps; the next step captures its graph again, in about a second."""
+        """Make room for work between two steps; the next step captures its graph again."""
         if self.captured is not None:
             self.captured.release()
 
