@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import triton_attention
+from butterfly_llm.recall import Place
 
 # Where the kernels run: on a GPU, or on the CPU under Triton's interpreter.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,6 +50,16 @@ def random_model(config: ButterflyConfig, seed: int = 0) -> Butterfly:
         if parameter.ndim == 2 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     return model
+
+
+def within(max_slots: int) -> Place:
+    """Anywhere in the window, at most `max_slots` apart."""
+
+    def place(generator: np.random.Generator, slots: int) -> tuple[int, int] | None:
+        fact = int(generator.integers(0, slots - 1))
+        return fact, int(generator.integers(fact + 1, min(slots, fact + max_slots + 1)))
+
+    return place
 
 
 def chunk_error(actual: Tensor, expected: Tensor, chunk_size: int, floor: float = 0.1) -> float:

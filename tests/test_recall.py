@@ -16,21 +16,12 @@ from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.curriculum import curriculum, plant_pairs
 from butterfly_llm.data import Corpus
 from butterfly_llm.model import Butterfly
-from butterfly_llm.recall import Needles, Place, at_hops, evaluate_recall, plant
+from butterfly_llm.recall import Needles, at_hops, evaluate_recall, plant
 from butterfly_llm.routing import hops
 from butterfly_llm.train import train
+from conftest import within
 
 TEXT = np.tile(np.arange(97, 123, dtype=np.uint8), 4000)
-
-
-def within(max_slots: int) -> Place:
-    """Anywhere in the window, at most `max_slots` apart."""
-
-    def place(generator: np.random.Generator, slots: int) -> tuple[int, int] | None:
-        fact = int(generator.integers(0, slots - 1))
-        return fact, int(generator.integers(fact + 1, min(slots, fact + max_slots + 1)))
-
-    return place
 
 
 def generator(seed: int = 0) -> np.random.Generator:

@@ -10,8 +10,9 @@ import pytest
 from butterfly_llm.commands.recall import Task
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly
-from butterfly_llm.recall import Needles, plant, within
+from butterfly_llm.recall import Needles, plant
 from butterfly_llm.tasks import MAKERS, NEEDLES, TASKS, evaluate_task
+from conftest import within
 
 TEXT = np.tile(np.arange(97, 123, dtype=np.uint8), 400)
 LENGTH = 1024
