@@ -27,7 +27,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors.torch
 import torch
@@ -38,7 +38,7 @@ from butterfly_llm.data import Corpus, prepare, read_context
 from butterfly_llm.folder import MANIFEST, Folder
 from butterfly_llm.model import Butterfly
 from butterfly_llm.state import load_state, save_state
-from butterfly_llm.text import StreamDecoder, decode, decode_source, encode_counted
+from butterfly_llm.text import Encoding, Errors, StreamDecoder, decode, decode_source, encode_counted
 from butterfly_llm.train import load_run
 
 CONFIG = ButterflyConfig(
@@ -46,7 +46,7 @@ CONFIG = ButterflyConfig(
     num_local_layers=1, num_passes=1, num_levels=1, num_refine_layers=0, chunk_size=4,
 )  # fmt: skip
 INDEX = "model.safetensors.index.json"
-ODD = (
+ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63), 10**40, 0.0, -0.0, 0.5, 1e308, float("inf"),
     float("-inf"), float("nan"), "", "x", "\0", "\ud800", "\u20ac", "../x", "/etc/passwd", "shift", "float32",
     "a" * 300, "line\nline", [], [[]], [1, 2], {}, {"a": 1}, [None], "step-000000001",
@@ -146,8 +146,8 @@ def readers(folder: Path) -> dict[str, tuple[float, Reader]]:
 
     def codec(source: Source) -> None:
         raw = source.data() if source.random.random() < 0.5 else source.text().encode("utf-16", "replace")
-        encoding = source.random.choice(("latin-1", "utf-8"))
-        errors = source.random.choice(("strict", "replace"))
+        encoding: Encoding = source.random.choice(get_args(Encoding))
+        errors: Errors = source.random.choice(get_args(Errors))
         for text in (source.text(), decode_source(raw)):
             ids = encode_counted(text, encoding=encoding, errors=errors).data
             decoder = StreamDecoder(encoding)
@@ -164,7 +164,9 @@ def readers(folder: Path) -> dict[str, tuple[float, Reader]]:
         TrainConfig.from_dict(_object(source.value_like(TrainConfig().to_dict())))
 
     def sampling_config(source: Source) -> None:
-        values = {field: source.random.choice(ODD) for field in source.random.sample(SAMPLING, 2)}
+        values: dict[str, Any] = {
+            field: source.random.choice(ODD) for field in source.random.sample(SAMPLING, 2)
+        }
         SamplingConfig(**values)
 
     def run_file(source: Source) -> None:

@@ -20,11 +20,12 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from butterfly_llm import train as training
-from butterfly_llm.checkpoint import newest_training
+from butterfly_llm.checkpoint import newest_training, save_training
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.data import prepare
 from butterfly_llm.model import Butterfly
@@ -44,14 +45,13 @@ def start(config: TrainConfig) -> tuple[int, int]:
         os.close(writer)
         return process, reader
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    save = training.save_training
 
     def save_and_tell(model: Any, directory: Path, **rest: Any) -> None:
-        save(model, directory, **rest)
+        save_training(model, directory, **rest)
         os.write(writer, f"{rest['values']['step']}\n".encode())
 
-    training.save_training = save_and_tell
-    training.train(config, MODEL)
+    with mock.patch.object(training, "save_training", save_and_tell):
+        training.train(config, MODEL)
     os._exit(0)
 
 

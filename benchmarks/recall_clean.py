@@ -74,7 +74,7 @@ def recall(model: Butterfly, options: argparse.Namespace) -> dict[int, tuple[flo
         for _ in range(12):
             text, relays = windows(generator, 16, options.length, options.pairs)
             right = model(text[:, :-1]).argmax(-1) == text[:, 1:]
-            for count in relays.unique().tolist():
+            for count in sorted(set(relays.flatten().tolist())):
                 if count >= 0:
                     outcomes.setdefault(count, []).extend(right[relays[:, 1:] == count].tolist())
     return {count: (sum(each) / len(each), len(each)) for count, each in sorted(outcomes.items())}

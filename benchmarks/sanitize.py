@@ -50,9 +50,9 @@ def read(length: int, head_dim: int) -> None:
     rings, twins = ((Ring(draw(*shape)), Ring(draw(*shape))) for _ in range(2))
     options: dict[str, Any] = {"stride": stride, "topology": "shift", "rope_theta": 10000.0}
     for position in (0, length, 2 * length):
-        inputs = [draw(2, length, heads, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-        got = prefill_attention_triton(*inputs, rings, position=position, **options)
-        close(got, prefill_attention(*inputs, twins, position=position, **options))
+        q, k, v = (draw(2, length, heads, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS))
+        got = prefill_attention_triton(q, k, v, rings, position=position, **options)
+        close(got, prefill_attention(q, k, v, twins, position=position, **options))
 
 
 def step(position: int, head_dim: int) -> None:

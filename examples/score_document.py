@@ -25,8 +25,8 @@ for number, line in enumerate(text.splitlines(keepends=True), start=1):
     share = bits[start : start + len(line)]
     start += len(line)
     if line.strip():
-        lines.append((share.mean().item(), number, line.decode("latin-1").rstrip()))
+        lines.append((share.mean().item(), number, line))
 
 print(f"{bits.mean():.3f} bits a character, {bits.sum() / 8:,.0f} bytes in all, {len(text):,} as they are")
 for mean, number, line in sorted(lines, reverse=True)[:5]:
-    print(f"{mean:6.2f}  line {number}: {line}")
+    print(f"{mean:6.2f}  line {number}: {line.decode('latin-1').rstrip()}")
