@@ -18,6 +18,8 @@ from conftest import CUDA, DEVICE, INTERPRETED, kernels, random_model
 SHAPES = {
     "micro": {},
     "grouped, extra levels": {"num_kv_heads": 1, "num_extra_levels": 1, "carry_size": 24},
+    "carry with heads": {"carry_heads": 2, "num_extra_levels": 1},
+    "carry with three heads": {"carry_heads": 3, "carry_size": 24},
     "xor_causal, no carry": {"routing": "xor_causal", "carry_size": 0, "rope_theta": None},
 }
 
@@ -28,7 +30,9 @@ def text(length: int, batch: int) -> torch.Tensor:
 
 
 @kernels
-@pytest.mark.parametrize(("shape", "batch", "past"), list(zip(SHAPES, (1, 3, 2), (79, 14, 47), strict=True)))
+@pytest.mark.parametrize(
+    ("shape", "batch", "past"), list(zip(SHAPES, (1, 3, 2, 1, 2), (79, 14, 30, 65, 47), strict=True))
+)
 def test_the_fused_step_is_the_step(shape: str, batch: int, past: int) -> None:
     model = random_model(ButterflyConfig.preset("micro", num_passes=1, **SHAPES[shape])).to(DEVICE)
     model.backend = "torch"
@@ -79,4 +83,4 @@ def test_under_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "7 passed, 1 skipped" in run.stdout, run.stdout
+    assert "9 passed, 1 skipped" in run.stdout, run.stdout

@@ -46,6 +46,7 @@ EXTRAS = (
     "ops/triton_rows_kernels.py",
     "ops/triton_feed_forward_kernels.py",
     "ops/triton_persistent_kernel.py",
+    "ops/triton_words.py",
     "bench/traffic_kernel.py",
     "hf.py",
     "serve.py",

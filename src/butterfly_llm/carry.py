@@ -8,8 +8,6 @@ Shapes: d hidden size, M carry size, G heads. Rows are (..., M), with heads (...
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -22,6 +20,16 @@ from butterfly_llm.modules import Linear, RMSNorm
 def lanes_of(rows: Tensor, heads: int) -> Tensor:
     """Rows (..., M) or (..., G + M) -> what is read of them (..., M)."""
     return rows[..., heads:]
+
+
+def written(both: Tensor, heads: int, eps: float) -> Tensor:
+    """What `CarryWrite` makes of its product: (..., 2M) -> (..., M), or (..., G + M) -> (..., G + M)."""
+    if heads:
+        values = both[..., heads:].unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]
+        values = F.rms_norm(values, values.shape[-1:], eps=eps)
+        return torch.cat([both[..., :heads], values.flatten(-2)], -1)
+    gate, value = both.chunk(2, -1)
+    return torch.sigmoid(gate) * value
 
 
 class CarryWrite(nn.Module):
@@ -39,13 +47,7 @@ class CarryWrite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d) -> (..., M), or with heads (..., G + M)."""
-        if self.heads:
-            both = self.linear(self.norm(x))
-            values = both[..., self.heads :].unflatten(-1, (self.heads, -1))
-            values = F.rms_norm(values, values.shape[-1:], eps=self.eps)
-            return torch.cat([both[..., : self.heads], values.flatten(-2)], -1)
-        gate, value = self.linear(self.norm(x)).chunk(2, -1)
-        return cast(Tensor, torch.sigmoid(gate) * value)
+        return written(self.linear(self.norm(x)), self.heads, self.eps)
 
 
 class CarryMerge(nn.Module):

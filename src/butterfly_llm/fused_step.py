@@ -8,16 +8,17 @@ Shapes: B streams, d hidden size, M carry size.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from butterfly_llm.cache import Cache
+from butterfly_llm.carry import lanes_of, written
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly
-from butterfly_llm.ops.triton_rows import merge_step, rows_product
+from butterfly_llm.ops.triton_rows import merge_heads_step, merge_step, rows_product
 from butterfly_llm.ops.triton_step import step_attention_triton
 
 
@@ -25,8 +26,6 @@ def unfused(config: ButterflyConfig) -> str | None:
     """Why a model has no such step; None where it has."""
     if config.feed_forward != "relu2":
         return f"feed_forward {config.feed_forward!r} has no kernel, relu2 has"
-    if config.carry_heads:
-        return "a carry with heads has no kernel, a gated one has"
     return None
 
 
@@ -67,20 +66,22 @@ class FusedStep:
                 both = rows_product(
                     x, weights[write + "linear.weight"], gain=weights[write + "norm.weight"], eps=eps
                 )
-                gate, value = (both + weights[write + "linear.bias"]).chunk(2, -1)
-                scan = torch.sigmoid(gate) * value
+                scan = written(both + weights[write + "linear.bias"], config.carry_heads, eps)
             read = None
             if layer + "attention.read.weight" in weights:
-                lanes = scan if finished is None or route.pass_index == 0 else finished
-                names = ("attention.read_norm.weight", "attention.read.weight")
-                read = (cast(Tensor, lanes).contiguous(), *(weights[layer + name] for name in names))
+                heard = cast(Tensor, scan if finished is None or route.pass_index == 0 else finished)
+                read = (
+                    lanes_of(heard, config.carry_heads),
+                    weights.get(layer + "attention.read_norm.weight"),
+                    weights[layer + "attention.read.weight"],
+                )
             qkv = rows_product(
                 x,
                 weights[layer + "attention.qkv.weight"],
                 gain=weights[layer + "attention_norm.weight"],
                 eps=eps,
                 kind="heads",
-                read=cast("tuple[Tensor, Tensor, Tensor] | None", read),
+                read=read,
                 heads=(config.num_heads, config.num_kv_heads, self.head_gains[route.index]),
             ).unflatten(-1, heads)  # type: ignore[no-untyped-call]
             q, k, v = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], 1)
@@ -100,11 +101,13 @@ class FusedStep:
             x = rows_product(hidden, weights[layer + "feed_forward.down.weight"], kind="add", residual=x)
             carry = cache.carries[route.index]
             if scan is not None and carry is not None:
-                merge = f"merges.{route.index - config.num_local_layers}.linear."
-                scan = merge_step(
-                    scan, carry, positions, weights[merge + "weight"], weights[merge + "bias"],
-                    stride=route.stride, topology=topology,
-                )  # fmt: skip
+                merge = f"merges.{route.index - config.num_local_layers}."
+                where: dict[str, Any] = {"stride": route.stride, "topology": topology}
+                if config.carry_heads:
+                    scan = merge_heads_step(scan, carry, positions, weights[merge + "bias"], **where)
+                else:
+                    matrix, bias = weights[merge + "linear.weight"], weights[merge + "linear.bias"]
+                    scan = merge_step(scan, carry, positions, matrix, bias, **where)
                 if route.ends_pass:
                     finished = scan
         return rows_product(

@@ -9,7 +9,6 @@ Shapes: d hidden size, H heads, K key-value heads, D head size, F feed-forward s
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,8 +28,6 @@ def unsupported(config: ButterflyConfig, cache: Cache) -> str | None:
     for name in ("hidden_size", "head_dim", "intermediate_size"):
         if getattr(config, name) % 16:
             return f"{name} {getattr(config, name)} is no multiple of 16"
-    if config.carry_heads:
-        return "a carry with heads has no kernel"
     if config.carry_size % 8:
         return f"carry_size {config.carry_size} is no multiple of 8"
     for name in ("head_dim", "chunk_size"):
@@ -96,7 +93,7 @@ class PersistentStep:
         qkv = queries + 2 * config.num_kv_heads * config.head_dim
         layer = 2 * config.hidden_size + qkv + config.intermediate_size
         layer += _SPLITS * (queries + config.num_heads)
-        words = (len(model.routes) + 1) * layer + scans * config.carry_size
+        words = (len(model.routes) + 1) * layer + scans * config.carry_width
         self.words = torch.full((2, words), -1, dtype=torch.int32, device=keys.device)
         self.launch = torch.zeros(1, dtype=torch.int32, device=keys.device)
         self.logits = torch.empty(1, config.vocab_size, dtype=torch.float32, device=keys.device)
@@ -115,6 +112,7 @@ class PersistentStep:
             "D": config.head_dim,
             "FF": config.intermediate_size,
             "CARRY": config.carry_size,
+            "CARRY_HEADS": config.carry_heads if config.carry_size else 0,
             "CHUNK": config.chunk_size,
             "VOCAB": config.vocab_size,
             "GATED": config.feed_forward == "swiglu",
@@ -143,15 +141,15 @@ class PersistentStep:
             if config.carry_size:
                 read = weights.get(layer + "attention.read.weight")
                 gain = weights.get(layer + "attention.read_norm.weight")
-                parts.append(
-                    zeros(read_rows, config.carry_size) if read is None else read * cast(Tensor, gain)
-                )
+                if read is None:
+                    read = zeros(read_rows, config.carry_size)
+                parts.append(read if gain is None else read * gain)
             parts.append(weights[layer + "attention.out.weight"])
             parts.append(
                 weights[layer + "feed_forward.up.weight"] * weights[layer + "feed_forward_norm.weight"]
             )
             parts.append(weights[layer + "feed_forward.down.weight"])
-            if config.carry_size:
+            if config.carry_size and not config.carry_heads:
                 merge = weights.get(f"merges.{route.index - config.num_local_layers}.linear.weight")
                 parts.append(zeros(config.carry_size, 2 * config.carry_size) if merge is None else merge)
         for i in range(len(self.model.writes)):
@@ -165,8 +163,11 @@ class PersistentStep:
         for route in self.model.routes:
             attention = f"layers.{route.index}.attention."
             parts += [weights[attention + "q_norm.weight"], weights[attention + "k_norm.weight"]]
-            bias = weights.get(f"merges.{route.index - config.num_local_layers}.linear.bias")
-            parts.append(parts[0].new_zeros(config.carry_size) if bias is None else bias)
+            if config.carry_size:
+                name = "bias" if config.carry_heads else "linear.bias"
+                bias = weights.get(f"merges.{route.index - config.num_local_layers}.{name}")
+                size = config.carry_heads or config.carry_size
+                parts.append(parts[0].new_zeros(size) if bias is None else bias)
         parts += [weights[f"writes.{i}.linear.bias"] for i in range(len(self.model.writes))]
         return torch.cat(parts)
 

@@ -15,234 +15,82 @@ Where programs run one after another (Triton's interpreter) nothing waits.
 
 import triton
 import triton.language as tl
-from triton import constexpr_function
 
-EMPTY = tl.constexpr(-1)
-
-
-@constexpr_function
-def padded(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
-@constexpr_function
-def block_of(size: int) -> int:
-    """Columns that are taken at once: as many as a warp loads together, of wide matrices as four warps do.
-
-    Every block of a vector is handed to all warps through shared memory, for itself.
-    """
-    return min(256 if size < 1024 else 1024, size & -size)
-
-
-@constexpr_function
-def wait_asm(count: int, pause: int) -> str:
-    """Load `count` words until none is empty; a wait of seconds is an error of the launch."""
-    loads = "".join(f"ld.relaxed.gpu.global.b32 ${i}, [${count + i}];" for i in range(count))
-    checks = "setp.eq.b32 p, $0, -1;" + "".join(f"setp.eq.or.b32 p, ${i}, -1, p;" for i in range(1, count))
-    rest = f"nanosleep.u32 {pause};" if pause else ""
-    return (
-        "{.reg .pred p; .reg .b32 n; mov.u32 n, 0; again:" + loads + checks + "@!p bra done;" + rest
-        + "add.u32 n, n, 1; setp.lt.u32 p, n, 16777216; @p bra again; trap; done: }"
-    )  # fmt: skip
-
-
-@constexpr_function
-def wait_constraints(count: int) -> str:
-    # Outputs are written while inputs are still needed, hence "&".
-    return ",".join(["=&r"] * count + ["l"] * count)
-
-
-@constexpr_function
-def wait_types(count: int) -> tuple[tl.dtype, ...]:
-    return (tl.int32,) * count
+from butterfly_llm.ops.triton_words import (
+    EMPTY,
+    block_of,
+    fetch,
+    fetch_rows,
+    glance_at,
+    glance_rows,
+    load_tiles,
+    load_vector,
+    padded,
+    send,
+    send_rows,
+    settle,
+    sum_blocks,
+    times_rows,
+    wait_for,
+)
 
 
 @triton.jit
-def _wait(
-    pointers, SIZE: tl.constexpr, THREADS: tl.constexpr, WAIT: tl.constexpr, PAUSE: tl.constexpr = 0
+def _write_heads(
+    x_ptr, w_ptr, bias_ptr, scan_ptr, pid, programs, eps, WIDTH: tl.constexpr, CARRY: tl.constexpr,
+    HEADS: tl.constexpr, THREADS: tl.constexpr, WAIT: tl.constexpr, PAUSE: tl.constexpr,
 ):  # fmt: skip
-    """The values at each of a tuple of blocks of SIZE pointers, once all are there; a tuple."""
-    N: tl.constexpr = len(pointers)
-    values = ()
-    if WAIT:
-        # The result of a while loop is moved between layouts; that of an operation the compiler would rather
-        # compute once more in each layout, and every wait takes its time.
-        PACK: tl.constexpr = max(1, SIZE // THREADS)
-        places = ()
-        bits = ()
-        for i in tl.static_range(N):
-            places = places + (pointers[i].to(tl.int64),)  # noqa: RUF005 (Triton knows no star)
-            bits = bits + (tl.zeros(pointers[i].shape, tl.int32),)  # noqa: RUF005
-        waiting = True
-        while waiting:
-            bits = tl.inline_asm_elementwise(
-                wait_asm(N * PACK, PAUSE), wait_constraints(N * PACK), places, dtype=wait_types(N),
-                is_pure=False, pack=PACK,
-            )  # fmt: skip
-            waiting = False
-        for i in tl.static_range(N):
-            values = values + (bits[i].to(tl.float32, bitcast=True),)  # noqa: RUF005
-    else:
-        for i in tl.static_range(N):
-            values = values + (tl.load(pointers[i]).to(tl.float32, bitcast=True),)  # noqa: RUF005
-    return values
+    """What the stream puts into a carry with heads; a program takes a whole head, whose values it norms."""
+    SIZE: tl.constexpr = CARRY // HEADS
+    R: tl.constexpr = min(8, padded(SIZE))
+    T: tl.constexpr = (SIZE + R - 1) // R
+    r = tl.arange(0, R)
+    for head in range(pid, HEADS, programs):
+        first = HEADS + head * SIZE
+        limit = first + SIZE
+        x = load_vector(x_ptr, WIDTH, THREADS, WAIT, PAUSE)
+        score, squares = times_rows(load_tiles(w_ptr, head, head + 1, WIDTH, R, 1), x, True, WAIT)
+        scale = 1.0 / tl.sqrt(squares / WIDTH + eps)
+        score = score * scale + tl.load(bias_ptr + head + r, mask=r == 0, other=0.0)
+        send_rows(scan_ptr + head + r, score, r == 0, WAIT)
+        values = ()
+        total = tl.zeros((R,), tl.float32)
+        for i in tl.static_range(T):
+            rows = first + i * R + r
+            tiles = load_tiles(w_ptr, first + i * R, limit, WIDTH, R, 1)
+            value = times_rows(tiles, x, False, WAIT)[0] * scale
+            value += tl.load(bias_ptr + rows, mask=rows < limit, other=0.0)
+            total += value * value
+            values = values + (value,)  # noqa: RUF005
+        scale = 1.0 / tl.sqrt(tl.sum(total, 0) / SIZE + eps)
+        for i in tl.static_range(T):
+            rows = first + i * R + r
+            send_rows(scan_ptr + rows, values[i] * scale, rows < limit, WAIT)
 
 
 @triton.jit
-def _glance(word_ptr):
-    """What is at a block of pointers by now, for `_settle` to make sure of later."""
-    return tl.load(word_ptr, volatile=True)
-
-
-@triton.jit
-def _settle(bits, word_ptr, WAIT: tl.constexpr):
-    """The values at which `_glance` had a look; those that were not there are waited for."""
-    if WAIT:
-        bits = tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .b32 n; mov.u32 n, 0; mov.b32 $0, $1;"
-            "again: setp.ne.b32 p, $0, -1; @p bra done; ld.relaxed.gpu.global.b32 $0, [$2];"
-            "add.u32 n, n, 1; setp.lt.u32 p, n, 16777216; @p bra again; trap; done: }",
-            "=&r,r,l", [bits, word_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        bits = tl.load(word_ptr)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _send(word_ptr, value, mask):
-    bits = value.to(tl.int32, bitcast=True)
-    tl.store(word_ptr, tl.where(bits == EMPTY, 0x7FFFFFFF, bits), mask=mask)
-
-
-@triton.jit
-def _send_rows(word_ptr, value, mask, WAIT: tl.constexpr):
-    """`_send` in the layout that a sum leaves: a store would have the values moved through shared memory."""
-    if WAIT:
-        tl.inline_asm_elementwise(
-            "{.reg .pred p, q; .reg .b32 w; setp.eq.b32 q, $2, -1; selp.b32 w, 0x7FFFFFFF, $2, q;"
-            "setp.ne.b32 p, $3, 0; @p st.relaxed.gpu.global.b32 [$1], w; mov.b32 $0, w; }",
-            "=r,l,r,r", [word_ptr.to(tl.int64), value.to(tl.int32, bitcast=True), mask.to(tl.int32)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        _send(word_ptr, value, mask)
-
-
-@triton.jit
-def _fetch(ptr, size, FETCH: tl.constexpr):
-    """Begin to bring `size` bytes into the second cache, whole blocks of 16."""
-    if FETCH:
-        tl.inline_asm_elementwise(
-            "{.reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
-            "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, t; }",
-            "=r,l,r", [ptr.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _fetch_rows(w_ptr, first, rows, limit, K: tl.constexpr, FETCH: tl.constexpr):
-    """`_fetch` of rows first.. of a matrix (limit, K)."""
-    if FETCH:  # noqa: SIM102 (decided when compiling, the next when running)
-        if first < limit:
-            size = tl.minimum(rows, limit - first) * (K * (w_ptr.dtype.element_ty.primitive_bitwidth // 8))
-            _fetch(w_ptr + first * K, size.to(tl.int32), FETCH)
-
-
-@triton.jit
-def _tiles(w_ptr, first, limit, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
-    """Rows first.. of a matrix (limit, K), zeros beyond: T times R of them, in blocks of columns each."""
-    BLOCK: tl.constexpr = block_of(K)
-    k = tl.arange(0, BLOCK)
-    tiles = ()
-    for i in tl.static_range(T):
-        rows = first + i * R + tl.arange(0, R)
-        inside = ((rows >= 0) & (rows < limit))[:, None]
-        for block in tl.static_range(K // BLOCK):
-            cells = w_ptr + rows[:, None] * K + (block * BLOCK + k)[None, :]
-            tiles = tiles + (tl.load(cells, mask=inside, other=0.0),)  # noqa: RUF005 (Triton knows no star)
-    return tiles
-
-
-@triton.jit
-def _vector(ptr, K: tl.constexpr, THREADS: tl.constexpr, WAIT: tl.constexpr, PAUSE: tl.constexpr):
-    """K values in blocks, once they are there."""
-    BLOCK: tl.constexpr = block_of(K)
-    pointers = ()
-    for block in tl.static_range(K // BLOCK):
-        pointers = pointers + (ptr + block * BLOCK + tl.arange(0, BLOCK),)  # noqa: RUF005
-    return _wait(pointers, BLOCK, THREADS, WAIT, PAUSE)
-
-
-@triton.jit
-def _glances(ptr, first, N: tl.constexpr, R: tl.constexpr, T: tl.constexpr):
-    """Pointers to T blocks of R values from the first-th of N, and what is there by now; beside `_tiles`."""
-    pointers = ()
-    blocks = ()
-    for t in tl.static_range(T):
-        at = ptr + tl.minimum(first + t * R + tl.arange(0, R), N - 1)
-        pointers = pointers + (at,)  # noqa: RUF005
-        blocks = blocks + (_glance(at),)  # noqa: RUF005
-    return pointers, blocks
-
-
-@triton.jit
-def _add2(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _add3(a, b, c, d, e, f):
-    return a + d, b + e, c + f
-
-
-@triton.jit
-def _add4(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
-
-
-@triton.jit
-def _add5(a, b, c, d, e, f, g, h, i, j):
-    return a + f, b + g, c + h, d + i, e + j
-
-
-@triton.jit
-def _sums(parts, AXIS: tl.constexpr, WAIT: tl.constexpr):
-    """The sums of up to five blocks along an axis: in one reduction, except in the interpreter."""
-    N: tl.constexpr = len(parts)
-    if WAIT and N == 2:
-        return tl.reduce(parts, AXIS, _add2)
-    elif WAIT and N == 3:
-        return tl.reduce(parts, AXIS, _add3)
-    elif WAIT and N == 4:
-        return tl.reduce(parts, AXIS, _add4)
-    elif WAIT and N == 5:
-        return tl.reduce(parts, AXIS, _add5)
-    else:
-        sums = ()
-        for i in tl.static_range(N):
-            sums = sums + (tl.sum(parts[i], AXIS),)  # noqa: RUF005
-        return sums
-
-
-@triton.jit
-def _times(tiles, x, SQUARES: tl.constexpr, WAIT: tl.constexpr):
-    """Rows of `_tiles` times the blocks x: T sums (R,), with SQUARES also that of x's squares in each row."""
-    BLOCKS: tl.constexpr = len(x)
-    T: tl.constexpr = len(tiles) // len(x)
-    parts = ()
-    for i in tl.static_range(T):
-        part = tiles[i * BLOCKS].to(tl.float32) * x[0][None, :]
-        for block in tl.static_range(1, BLOCKS):
-            part += tiles[i * BLOCKS + block].to(tl.float32) * x[block][None, :]
-        parts = parts + (part,)  # noqa: RUF005
-    if SQUARES:
-        part = tl.zeros(tiles[0].shape, tl.float32)
-        for block in tl.static_range(BLOCKS):
-            rows = tl.broadcast_to(x[block][None, :], part.shape)
-            part += rows * rows
-        parts = parts + (part,)  # noqa: RUF005
-    return _sums(parts, 1, WAIT)
+def _merge_heads(
+    scan_ptr, own_ptr, far_ptr, exists, bias_ptr, pid, programs, CARRY: tl.constexpr, HEADS: tl.constexpr,
+    THREADS: tl.constexpr, WAIT: tl.constexpr, PAUSE: tl.constexpr,
+):  # fmt: skip
+    """One level of a carry with heads, a program for each: the scan after this one is sent."""
+    SIZE: tl.constexpr = CARRY // HEADS
+    SCAN: tl.constexpr = HEADS + CARRY
+    k = tl.arange(0, padded(SIZE))
+    inside = k < SIZE
+    for head in range(pid, HEADS, programs):
+        at = HEADS + head * SIZE + tl.minimum(k, SIZE - 1)
+        zeros = tl.zeros((padded(SIZE),), tl.int32)
+        heard = tl.load(far_ptr + at, mask=inside & exists, other=0.0).to(tl.float32)
+        other = tl.load(far_ptr + head + zeros, mask=inside & exists, other=0.0).to(tl.float32)
+        other -= tl.load(bias_ptr + head)
+        value, score = wait_for((scan_ptr + at, scan_ptr + head + zeros), padded(SIZE), THREADS, WAIT, PAUSE)
+        tl.store(own_ptr + at, value.to(own_ptr.dtype.element_ty), mask=inside)
+        tl.store(own_ptr + head + zeros, score.to(own_ptr.dtype.element_ty), mask=k == 0)
+        share = 1.0 / (1.0 + tl.exp(score - other))
+        both = tl.maximum(score, other) + tl.log(1.0 + tl.exp(-tl.abs(score - other)))
+        send(scan_ptr + SCAN + at, value + share * (heard - value), inside)
+        send(scan_ptr + SCAN + head + zeros, both, k == 0)
 
 
 @triton.jit
@@ -261,12 +109,11 @@ def persistent_kernel(
     ids_ptr, position_ptr, launch_ptr, table_ptr, weights_ptr, vectors_ptr, embed_ptr, turns_ptr, ring_ptr,
     words_ptr, logits_ptr, num_layers, num_words, eps,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, FF: tl.constexpr,
-    CARRY: tl.constexpr, CHUNK: tl.constexpr, VOCAB: tl.constexpr, GATED: tl.constexpr, SHIFT: tl.constexpr,
-    SCALE: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
-    QKV_R: tl.constexpr, QKV_T: tl.constexpr, OUT_R: tl.constexpr, OUT_T: tl.constexpr, UP_R: tl.constexpr,
-    UP_T: tl.constexpr, DOWN_R: tl.constexpr, DOWN_T: tl.constexpr, CARRY_R: tl.constexpr,
-    HEAD_R: tl.constexpr, FETCH: tl.constexpr, WAIT: tl.constexpr, PAUSE: tl.constexpr,
-    THREADS: tl.constexpr,
+    CARRY: tl.constexpr, CARRY_HEADS: tl.constexpr, CHUNK: tl.constexpr, VOCAB: tl.constexpr,
+    GATED: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, QKV_R: tl.constexpr, QKV_T: tl.constexpr, OUT_R: tl.constexpr, OUT_T: tl.constexpr,
+    UP_R: tl.constexpr, UP_T: tl.constexpr, DOWN_R: tl.constexpr, DOWN_T: tl.constexpr, CARRY_R: tl.constexpr,
+    HEAD_R: tl.constexpr, FETCH: tl.constexpr, WAIT: tl.constexpr, PAUSE: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """logits (VOCAB,) float32 of the character ids (1,) at position (1,); the rings are updated.
 
@@ -286,10 +133,12 @@ def persistent_kernel(
     W_GATED: tl.constexpr = W_UP + FF * WIDTH
     W_DOWN: tl.constexpr = W_GATED + (FF * WIDTH if GATED else 0)
     W_MERGE: tl.constexpr = W_DOWN + WIDTH * FF
-    W_LAYER: tl.constexpr = W_MERGE + 2 * CARRY * CARRY
+    W_LAYER: tl.constexpr = W_MERGE + (0 if CARRY_HEADS else 2 * CARRY * CARRY)
     # Of a layer, in `vectors`: gains of queries and keys, bias of the merge.
     V_BIAS: tl.constexpr = 2 * D
-    V_LAYER: tl.constexpr = 2 * D + CARRY
+    V_LAYER: tl.constexpr = 2 * D + (CARRY_HEADS if CARRY_HEADS else CARRY)
+    # Of a scan, in `words`, and a row of its ring: scores of the heads first.
+    SCAN: tl.constexpr = CARRY_HEADS + CARRY
     # Of a layer, in `words`.
     X_QKV: tl.constexpr = WIDTH
     X_O: tl.constexpr = X_QKV + QKV
@@ -311,7 +160,7 @@ def persistent_kernel(
     values_ptr = words_ptr + turn * num_words
     scans_ptr = values_ptr + (num_layers + 1) * X_LAYER
     t = tl.arange(0, HALF)
-    lane = tl.arange(0, padded(CARRY))
+    lane = tl.arange(0, padded(SCAN))
     kind = ring_ptr.dtype.element_ty
     kind_bytes: tl.constexpr = ring_ptr.dtype.element_ty.primitive_bitwidth // 8
 
@@ -321,9 +170,9 @@ def persistent_kernel(
         x = tl.load(row_ptr + k, mask=k < WIDTH, other=0.0).to(tl.float32)
         x = x / tl.sqrt(tl.sum(x * x, 0) / WIDTH + eps)
         x = x * tl.load(vectors_ptr + k, mask=k < WIDTH, other=0.0)
-        _send(values_ptr + k, x, k < WIDTH)
+        send(values_ptr + k, x, k < WIDTH)
         if CARRY > 0:  # scan 0 is empty: what layers read that have no carry
-            _send(scans_ptr + lane, lane * 0.0, lane < CARRY)
+            send(scans_ptr + lane, lane * 0.0, lane < SCAN)
     for word in range(pid * BLOCK, num_words, programs * BLOCK):
         words = word + tl.arange(0, BLOCK)
         tl.store(words_ptr + (1 - turn) * num_words + words, EMPTY, mask=words < num_words)
@@ -338,50 +187,59 @@ def persistent_kernel(
         exists = chunk >= stride if SHIFT else (chunk & stride) != 0
 
         if CARRY > 0:
-            lanes_ptr = scans_ptr + read * CARRY
-            places, glances = _glances(lanes_ptr, 0, CARRY, block_of(CARRY), CARRY // block_of(CARRY))
-        _fetch_rows(w_ptr + W_UP, pid * UP_R * UP_T, UP_R * UP_T, FF, WIDTH, FETCH)
+            lanes_ptr = scans_ptr + read * SCAN + CARRY_HEADS
+            places, glances = glance_rows(lanes_ptr, 0, CARRY, block_of(CARRY), CARRY // block_of(CARRY))
+        fetch_rows(w_ptr + W_UP, pid * UP_R * UP_T, UP_R * UP_T, FF, WIDTH, FETCH)
         if GATED:
-            _fetch_rows(w_ptr + W_GATED, pid * UP_R * UP_T, UP_R * UP_T, FF, WIDTH, FETCH)
-        _fetch_rows(w_ptr + W_DOWN, pid * DOWN_R * DOWN_T, DOWN_R * DOWN_T, WIDTH, FF, FETCH)
+            fetch_rows(w_ptr + W_GATED, pid * UP_R * UP_T, UP_R * UP_T, FF, WIDTH, FETCH)
+        fetch_rows(w_ptr + W_DOWN, pid * DOWN_R * DOWN_T, DOWN_R * DOWN_T, WIDTH, FF, FETCH)
 
         if CARRY > 0:  # noqa: SIM102 (decided when compiling, the next when running)
             if written > 0:  # a pass starts
-                write_ptr = writes_ptr + write * (2 * CARRY * WIDTH)
-                bias_ptr = biases_ptr + write * (2 * CARRY)
-                for row in range(pid * CARRY_R, CARRY, programs * CARRY_R):
-                    tiles = _tiles(write_ptr, row, CARRY, WIDTH, CARRY_R, 1)
-                    tiles = tiles + _tiles(write_ptr + CARRY * WIDTH, row, CARRY, WIDTH, CARRY_R, 1)
+                WRITTEN: tl.constexpr = SCAN if CARRY_HEADS else 2 * CARRY
+                write_ptr = writes_ptr + write * (WRITTEN * WIDTH)
+                bias_ptr = biases_ptr + write * WRITTEN
+                scan_ptr = scans_ptr + written * SCAN
+                if CARRY_HEADS:
+                    _write_heads(
+                        x_ptr, write_ptr, bias_ptr, scan_ptr, pid, programs, eps, WIDTH, CARRY, CARRY_HEADS,
+                        THREADS, WAIT, PAUSE,
+                    )  # fmt: skip
+                for row in range(pid * CARRY_R, 0 if CARRY_HEADS else CARRY, programs * CARRY_R):
+                    tiles = load_tiles(write_ptr, row, CARRY, WIDTH, CARRY_R, 1)
+                    tiles = tiles + load_tiles(write_ptr + CARRY * WIDTH, row, CARRY, WIDTH, CARRY_R, 1)
                     at = row + tl.arange(0, CARRY_R)
                     gate_bias = tl.load(bias_ptr + at, mask=at < CARRY, other=0.0)
                     value_bias = tl.load(bias_ptr + CARRY + at, mask=at < CARRY, other=0.0)
-                    x = _vector(x_ptr, WIDTH, THREADS, WAIT, PAUSE)
-                    gate, value, squares = _times(tiles, x, True, WAIT)
+                    x = load_vector(x_ptr, WIDTH, THREADS, WAIT, PAUSE)
+                    gate, value, squares = times_rows(tiles, x, True, WAIT)
                     scale = 1.0 / tl.sqrt(squares / WIDTH + eps)
                     value = value * scale + value_bias
                     value = value / (1.0 + tl.exp(-gate * scale - gate_bias))
-                    _send_rows(scans_ptr + written * CARRY + at, value, at < CARRY, WAIT)
+                    send_rows(scan_ptr + at, value, at < CARRY, WAIT)
 
         # Queries, keys and values, as they come from the product.
         first = pid * (QKV_R * QKV_T)
         if first < QKV:
-            tiles = _tiles(w_ptr, first, QKV, WIDTH, QKV_R, QKV_T)
+            tiles = load_tiles(w_ptr, first, QKV, WIDTH, QKV_R, QKV_T)
             if CARRY > 0:
-                reads = _tiles(w_ptr + W_READ, first - QUERIES, 2 * KV_HEADS * D, CARRY, QKV_R, QKV_T)
+                reads = load_tiles(w_ptr + W_READ, first - QUERIES, 2 * KV_HEADS * D, CARRY, QKV_R, QKV_T)
                 lanes = ()
                 for block in tl.static_range(CARRY // block_of(CARRY)):
-                    lanes = lanes + (_settle(glances[block], places[block], WAIT),)  # noqa: RUF005
-                heard = _times(reads, lanes, True, WAIT)
-                heard_scale = 1.0 / tl.sqrt(heard[QKV_T] / CARRY + eps)
-            x = _vector(x_ptr, WIDTH, THREADS, WAIT, PAUSE)
-            totals = _times(tiles, x, True, WAIT)
+                    lanes = lanes + (settle(glances[block], places[block], WAIT),)  # noqa: RUF005
+                heard = times_rows(reads, lanes, True, WAIT)
+                heard_scale = 1.0
+                if CARRY_HEADS == 0:
+                    heard_scale = 1.0 / tl.sqrt(heard[QKV_T] / CARRY + eps)
+            x = load_vector(x_ptr, WIDTH, THREADS, WAIT, PAUSE)
+            totals = times_rows(tiles, x, True, WAIT)
             scale = 1.0 / tl.sqrt(totals[QKV_T] / WIDTH + eps)
             for i in tl.static_range(QKV_T):
                 at = first + i * QKV_R + tl.arange(0, QKV_R)
                 total = totals[i] * scale
                 if CARRY > 0:
                     total += heard[i] * heard_scale
-                _send_rows(x_ptr + X_QKV + at, total, at < QKV, WAIT)
+                send_rows(x_ptr + X_QKV + at, total, at < QKV, WAIT)
 
         # A part of the keys of a head: the last programs, which have the fewest rows above.
         for item in range(programs - 1 - pid, KV_HEADS * SPLITS, programs):
@@ -410,7 +268,7 @@ def persistent_kernel(
             q_ptr = x_ptr + X_QKV + head * (GROUP * D) + t
             new_k_ptr = x_ptr + X_QKV + QUERIES + head * D + t
             new_v_ptr = new_k_ptr + KV_HEADS * D
-            q1, q2, new_k1, new_k2, new_v1, new_v2 = _wait(
+            q1, q2, new_k1, new_k2, new_v1, new_v2 = wait_for(
                 (q_ptr, q_ptr + HALF, new_k_ptr, new_k_ptr + HALF, new_v_ptr, new_v_ptr + HALF), HALF,
                 THREADS, WAIT, PAUSE,
             )  # fmt: skip
@@ -425,7 +283,7 @@ def persistent_kernel(
             newest = (far == 0) & (offset >= key0) & (offset < key0 + KEYS)
             for g in tl.static_range(GROUP):
                 if g > 0:
-                    q1, q2 = _wait((q_ptr + g * D, q_ptr + g * D + HALF), HALF, THREADS, WAIT, PAUSE)
+                    q1, q2 = wait_for((q_ptr + g * D, q_ptr + g * D + HALF), HALF, THREADS, WAIT, PAUSE)
                 scale = SCALE / tl.sqrt(tl.sum(q1 * q1 + q2 * q2, 0) / D + eps)
                 q1 = q1 * scale * q_gain1
                 q2 = q2 * scale * q_gain2
@@ -440,7 +298,7 @@ def persistent_kernel(
                 share = tl.exp2(score - top)
                 total = tl.sum(shares, 0) + share
                 whole = tl.maximum(total, 1e-30)
-                o1, o2 = _sums(
+                o1, o2 = sum_blocks(
                     (shares[:, None] * v1.to(tl.float32), shares[:, None] * v2.to(tl.float32)), 0, WAIT
                 )
                 o1 = (o1 + share * new_v1.to(tl.float32)) / whole
@@ -448,9 +306,9 @@ def persistent_kernel(
                 lse = tl.where(total > 0, top + tl.log2(whole), -1e30)
                 at = part * HEADS + head * GROUP + g
                 one = tl.zeros((1,), tl.int32)
-                _send(x_ptr + X_O + at * D + t, o1, t < HALF)
-                _send(x_ptr + X_O + at * D + HALF + t, o2, t < HALF)
-                _send(x_ptr + X_LSE + at + one, lse + one, one == 0)
+                send(x_ptr + X_O + at * D + t, o1, t < HALF)
+                send(x_ptr + X_O + at * D + HALF + t, o2, t < HALF)
+                send(x_ptr + X_LSE + at + one, lse + one, one == 0)
             if newest:
                 new = (offset - key0) * D + t
                 tl.store(key_ptr + new, turned1)
@@ -461,10 +319,15 @@ def persistent_kernel(
         if CARRY > 0:  # noqa: SIM102
             if merged > 0:
                 carry_ptr = ring_ptr + carry_at * 16
-                own_ptr = carry_ptr + ((chunk % slots) * CHUNK + offset) * CARRY
-                far_ptr = carry_ptr + (((chunk + 1) % slots) * CHUNK + offset) * CARRY
-                scan_ptr = scans_ptr + (merged - 1) * CARRY
-                for row in range(pid * CARRY_R, CARRY, programs * CARRY_R):
+                own_ptr = carry_ptr + ((chunk % slots) * CHUNK + offset) * SCAN
+                far_ptr = carry_ptr + (((chunk + 1) % slots) * CHUNK + offset) * SCAN
+                scan_ptr = scans_ptr + (merged - 1) * SCAN
+                if CARRY_HEADS:
+                    _merge_heads(
+                        scan_ptr, own_ptr, far_ptr, exists, vector_ptr + V_BIAS, pid, programs, CARRY,
+                        CARRY_HEADS, THREADS, WAIT, PAUSE,
+                    )  # fmt: skip
+                for row in range(pid * CARRY_R, 0 if CARRY_HEADS else CARRY, programs * CARRY_R):
                     at = row + tl.arange(0, CARRY_R)
                     partner = tl.load(far_ptr + lane, mask=(lane < CARRY) & exists, other=0.0)
                     part = tl.load(far_ptr + at, mask=(at < CARRY) & exists, other=0.0).to(tl.float32)
@@ -474,21 +337,21 @@ def persistent_kernel(
                     w_far = tl.load(cells + CARRY, mask=inside, other=0.0)
                     total = tl.load(vector_ptr + V_BIAS + at, mask=at < CARRY, other=0.0)
                     at_ptr = scan_ptr + tl.minimum(at, CARRY - 1)
-                    seen = _glance(at_ptr)
-                    scan = _wait(
+                    seen = glance_at(at_ptr)
+                    scan = wait_for(
                         (scan_ptr + tl.minimum(lane, CARRY - 1),), padded(CARRY), THREADS, WAIT, PAUSE
                     )[0]
                     product = w_own.to(tl.float32) * scan[None, :]
                     total += tl.sum(product + w_far.to(tl.float32) * partner.to(tl.float32)[None, :], 1)
-                    value = _settle(seen, at_ptr, WAIT)
+                    value = settle(seen, at_ptr, WAIT)
                     tl.store(own_ptr + at, value.to(kind), mask=at < CARRY)
                     value += part / (1.0 + tl.exp(-total))
-                    _send_rows(scans_ptr + merged * CARRY + at, value, at < CARRY, WAIT)
+                    send_rows(scan_ptr + SCAN + at, value, at < CARRY, WAIT)
 
         first = pid * (OUT_R * OUT_T)
         if first < WIDTH:
-            tiles = _tiles(w_ptr + W_OUT, first, WIDTH, QUERIES, OUT_R, OUT_T)
-            own_places, own = _glances(x_ptr, first, WIDTH, OUT_R, OUT_T)
+            tiles = load_tiles(w_ptr + W_OUT, first, WIDTH, QUERIES, OUT_R, OUT_T)
+            own_places, own = glance_rows(x_ptr, first, WIDTH, OUT_R, OUT_T)
             OUT_K: tl.constexpr = block_of(QUERIES)
             pointers = ()
             for block in tl.static_range(QUERIES // OUT_K):
@@ -496,7 +359,7 @@ def persistent_kernel(
                 for i in tl.static_range(SPLITS):
                     o_ptr = x_ptr + X_O + i * QUERIES + k
                     pointers = pointers + (o_ptr, x_ptr + X_LSE + i * HEADS + k // D)  # noqa: RUF005
-            parts = _wait(pointers, OUT_K, THREADS, WAIT, PAUSE)
+            parts = wait_for(pointers, OUT_K, THREADS, WAIT, PAUSE)
             y = ()
             for block in tl.static_range(QUERIES // OUT_K):
                 top = parts[2 * block * SPLITS + 1]
@@ -509,40 +372,41 @@ def persistent_kernel(
                     whole += share
                     total += share * parts[2 * (block * SPLITS + i)]
                 y = y + (total / whole,)  # noqa: RUF005
-            totals = _times(tiles, y, False, WAIT)
+            totals = times_rows(tiles, y, False, WAIT)
             for i in tl.static_range(OUT_T):
                 at = first + i * OUT_R + tl.arange(0, OUT_R)
-                x = totals[i] + _settle(own[i], own_places[i], WAIT)
-                _send_rows(x_ptr + X_MIDDLE + at, x, at < WIDTH, WAIT)
+                x = totals[i] + settle(own[i], own_places[i], WAIT)
+                send_rows(x_ptr + X_MIDDLE + at, x, at < WIDTH, WAIT)
 
         if FETCH:  # noqa: SIM102
             if layer + 1 < num_layers:
                 next_ptr = w_ptr + W_LAYER
                 count = QKV_R * QKV_T
-                _fetch_rows(next_ptr, pid * count, count, QKV, WIDTH, FETCH)
+                fetch_rows(next_ptr, pid * count, count, QKV, WIDTH, FETCH)
                 if CARRY > 0:
                     limit = tl.where(pid * count + count > QUERIES, 2 * KV_HEADS * D, 0)
                     row = tl.maximum(pid * count - QUERIES, 0)
-                    _fetch_rows(next_ptr + W_READ, row, count, limit, CARRY, FETCH)
-                    _fetch_rows(next_ptr + W_MERGE, pid * CARRY_R, CARRY_R, CARRY, 2 * CARRY, FETCH)
-                _fetch_rows(next_ptr + W_OUT, pid * OUT_R * OUT_T, OUT_R * OUT_T, WIDTH, QUERIES, FETCH)
+                    fetch_rows(next_ptr + W_READ, row, count, limit, CARRY, FETCH)
+                    if CARRY_HEADS == 0:
+                        fetch_rows(next_ptr + W_MERGE, pid * CARRY_R, CARRY_R, CARRY, 2 * CARRY, FETCH)
+                fetch_rows(next_ptr + W_OUT, pid * OUT_R * OUT_T, OUT_R * OUT_T, WIDTH, QUERIES, FETCH)
                 for item in range(programs - 1 - pid, KV_HEADS * SPLITS, programs):
                     far = (item % SPLITS) * KEYS // CHUNK
                     place = (item // SPLITS) * route[3] + (chunk + far) % route[3]
                     start = (place * CHUNK + (item % SPLITS) * KEYS % CHUNK) * D
-                    _fetch(ring_ptr + route[0] * 16 + start, KEYS * D * kind_bytes, FETCH)
-                    _fetch(ring_ptr + route[1] * 16 + start, KEYS * D * kind_bytes, FETCH)
+                    fetch(ring_ptr + route[0] * 16 + start, KEYS * D * kind_bytes, FETCH)
+                    fetch(ring_ptr + route[1] * 16 + start, KEYS * D * kind_bytes, FETCH)
 
         first = pid * (UP_R * UP_T)
         if first < FF:
-            tiles = _tiles(w_ptr + W_UP, first, FF, WIDTH, UP_R, UP_T)
+            tiles = load_tiles(w_ptr + W_UP, first, FF, WIDTH, UP_R, UP_T)
             if GATED:
-                others = _tiles(w_ptr + W_GATED, first, FF, WIDTH, UP_R, UP_T)
-            x = _vector(x_ptr + X_MIDDLE, WIDTH, THREADS, WAIT, PAUSE)
-            totals = _times(tiles, x, True, WAIT)
+                others = load_tiles(w_ptr + W_GATED, first, FF, WIDTH, UP_R, UP_T)
+            x = load_vector(x_ptr + X_MIDDLE, WIDTH, THREADS, WAIT, PAUSE)
+            totals = times_rows(tiles, x, True, WAIT)
             scale = 1.0 / tl.sqrt(totals[UP_T] / WIDTH + eps)
             if GATED:
-                gated = _times(others, x, False, WAIT)
+                gated = times_rows(others, x, False, WAIT)
             for i in tl.static_range(UP_T):
                 at = first + i * UP_R + tl.arange(0, UP_R)
                 total = totals[i] * scale
@@ -551,22 +415,22 @@ def persistent_kernel(
                 else:
                     total = tl.maximum(total, 0.0)
                     total = total * total
-                _send_rows(x_ptr + X_HIDDEN + at, total, at < FF, WAIT)
+                send_rows(x_ptr + X_HIDDEN + at, total, at < FF, WAIT)
 
         first = pid * (DOWN_R * DOWN_T)
         if first < WIDTH:
-            tiles = _tiles(w_ptr + W_DOWN, first, WIDTH, FF, DOWN_R, DOWN_T)
-            own_places, own = _glances(x_ptr + X_MIDDLE, first, WIDTH, DOWN_R, DOWN_T)
-            hidden = _vector(x_ptr + X_HIDDEN, FF, THREADS, WAIT, PAUSE)
-            totals = _times(tiles, hidden, False, WAIT)
+            tiles = load_tiles(w_ptr + W_DOWN, first, WIDTH, FF, DOWN_R, DOWN_T)
+            own_places, own = glance_rows(x_ptr + X_MIDDLE, first, WIDTH, DOWN_R, DOWN_T)
+            hidden = load_vector(x_ptr + X_HIDDEN, FF, THREADS, WAIT, PAUSE)
+            totals = times_rows(tiles, hidden, False, WAIT)
             for i in tl.static_range(DOWN_T):
                 at = first + i * DOWN_R + tl.arange(0, DOWN_R)
-                x = totals[i] + _settle(own[i], own_places[i], WAIT)
-                _send_rows(x_ptr + X_LAYER + at, x, at < WIDTH, WAIT)
+                x = totals[i] + settle(own[i], own_places[i], WAIT)
+                send_rows(x_ptr + X_LAYER + at, x, at < WIDTH, WAIT)
 
     for row in range(pid * HEAD_R, VOCAB, programs * HEAD_R):
-        tiles = _tiles(weights_ptr, row, VOCAB, WIDTH, HEAD_R, 1)
-        x = _vector(values_ptr + num_layers * X_LAYER, WIDTH, THREADS, WAIT, PAUSE)
-        total, squares = _times(tiles, x, True, WAIT)
+        tiles = load_tiles(weights_ptr, row, VOCAB, WIDTH, HEAD_R, 1)
+        x = load_vector(values_ptr + num_layers * X_LAYER, WIDTH, THREADS, WAIT, PAUSE)
+        total, squares = times_rows(tiles, x, True, WAIT)
         at = row + tl.arange(0, HEAD_R)
         tl.store(logits_ptr + at, total / tl.sqrt(squares / WIDTH + eps), mask=at < VOCAB)

@@ -39,12 +39,12 @@ def _product(
 @triton.jit
 def rows_kernel(
     x_ptr, gain_ptr, w_ptr, lanes_ptr, lane_gain_ptr, read_ptr, head_gain_ptr, residual_ptr, out_ptr,
-    batch, stride_x, eps,
+    batch, stride_x, stride_lanes, eps,
     K: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, FIRST_READ: tl.constexpr, HEADS: tl.constexpr,
     TURNED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    NORM: tl.constexpr, KIND: tl.constexpr,
+    NORM: tl.constexpr, LANES_NORM: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """out (B, N) = act(norm(x) W^T [+ norm(lanes) W_read^T on columns FIRST_READ..]) [+ residual].
+    """out (B, N) = act(norm(x) W^T [+ [norm](lanes) W_read^T on columns FIRST_READ..]) [+ residual].
 
     KIND "heads": a block of columns is a head; the first HEADS are queries, up to TURNED keys, both
     normalised with the gains in head_gain (2, BLOCK_N).
@@ -58,8 +58,8 @@ def rows_kernel(
     if LANES > 0:  # noqa: SIM102 (decided when compiling, the next when running)
         if block * BLOCK_N >= FIRST_READ:
             acc += _product(
-                lanes_ptr, lane_gain_ptr, read_ptr, rows, columns - FIRST_READ, batch, N - FIRST_READ, LANES,
-                eps, LANES, BLOCK_B, BLOCK_N, BLOCK_K, True,
+                lanes_ptr, lane_gain_ptr, read_ptr, rows, columns - FIRST_READ, batch, N - FIRST_READ,
+                stride_lanes, eps, LANES, BLOCK_B, BLOCK_N, BLOCK_K, LANES_NORM,
             )  # fmt: skip
     if KIND == "heads":  # noqa: SIM102
         if block < TURNED:
@@ -104,3 +104,34 @@ def merge_kernel(
     merged = mine.to(tl.float32) + heard / (1.0 + tl.exp(-total))
     tl.store(own + columns, mine.to(ring_ptr.dtype.element_ty))
     tl.store(out_ptr + batch * M + columns, merged.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["slots", "stride"])
+def merge_heads_kernel(
+    scan_ptr, ring_ptr, position_ptr, bias_ptr, out_ptr, stride_ring, slots, stride,
+    HEADS: tl.constexpr, ROW: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, TOPOLOGY: tl.constexpr,
+):  # fmt: skip
+    """`merge_kernel` of rows (scores of HEADS, values): each value moves to its partner by the softmax."""
+    batch = tl.program_id(0).to(tl.int64)
+    position = tl.load(position_ptr + batch)
+    chunk = position // CHUNK
+    offset = position % CHUNK
+    exists = chunk >= stride if TOPOLOGY == "shift" else (chunk & stride) != 0
+    ring = ring_ptr + batch * stride_ring
+    own = ring + ((chunk % slots) * CHUNK + offset) * ROW
+    far = ring + (((chunk + 1) % slots) * CHUNK + offset) * ROW
+    scan = scan_ptr + batch * ROW
+    k = tl.arange(0, PADDED)
+    inside = k < ROW
+    head = tl.where(k < HEADS, k, (k - HEADS) // ((ROW - HEADS) // HEADS))
+    mine = tl.load(scan + k, mask=inside, other=0.0)
+    value = mine.to(tl.float32)
+    heard = tl.load(far + k, mask=inside & exists, other=0.0).to(tl.float32)
+    score = tl.load(scan + head, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(far + head, mask=inside & exists, other=0.0).to(tl.float32)
+    other -= tl.load(bias_ptr + head, mask=inside, other=0.0).to(tl.float32)
+    share = 1.0 / (1.0 + tl.exp(score - other))
+    both = tl.maximum(score, other) + tl.log(1.0 + tl.exp(-tl.abs(score - other)))
+    merged = tl.where(k < HEADS, both, value + share * (heard - value))
+    tl.store(own + k, mine.to(ring_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + batch * ROW + k, merged.to(out_ptr.dtype.element_ty), mask=inside)
