@@ -7,11 +7,7 @@ import torch
 
 from butterfly_llm.carry import CarryMerge, CarryWrite
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.decode import Decoder
-from butterfly_llm.fused_step import FusedStep
-from butterfly_llm.model import Butterfly
 from butterfly_llm.ops.portable import partner_rows
-from butterfly_llm.persistent_step import unsupported
 
 CONFIG = dataclasses.replace(ButterflyConfig.preset("micro"), carry_heads=4)
 SIZE = CONFIG.carry_size
@@ -40,16 +36,6 @@ def test_what_is_written_has_unit_size_in_every_head() -> None:
     assert rows.shape == (5, SIZE + 4)
     sizes = rows[:, 4:].unflatten(-1, (4, -1)).square().mean(-1)
     torch.testing.assert_close(sizes, torch.ones(5, 4), atol=1e-4, rtol=0)
-
-
-def test_steps_without_a_kernel_for_it_say_so() -> None:
-    model = Butterfly(CONFIG)
-    with pytest.raises(ValueError, match="carry with heads has no kernel"):
-        FusedStep(model)
-    assert "carry with heads" in str(unsupported(CONFIG, model.new_cache()))
-    assert unsupported(ButterflyConfig.preset("micro"), model.new_cache()) is None
-    decoder = Decoder(model, model.new_cache())
-    assert decoder.step(torch.tensor([65])).shape == (1, 256)
 
 
 def test_heads_must_divide_the_carry() -> None:
