@@ -44,6 +44,7 @@ EXTRAS = (
     "ops/triton_kernels.py",
     "ops/triton_step_kernel.py",
     "ops/triton_rows_kernels.py",
+    "ops/triton_carry_kernels.py",
     "ops/triton_feed_forward_kernels.py",
     "ops/triton_persistent_kernel.py",
     "ops/triton_words.py",

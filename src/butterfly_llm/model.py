@@ -36,6 +36,7 @@ from butterfly_llm.ops.portable import (
 )
 from butterfly_llm.ops.prefill import prefill_attention_triton
 from butterfly_llm.ops.rope import Angles, offset_angles, rope_table, rotate_rows
+from butterfly_llm.ops.triton_carry import merge_heads_triton
 from butterfly_llm.ops.triton_step import step_attention_triton
 from butterfly_llm.recompute import Recompute, recomputed_layer
 from butterfly_llm.routing import LayerRoute
@@ -306,8 +307,12 @@ class Butterfly(nn.Module):
             return partial(checkpoint, run, **_CHECKPOINT) if recompute else run
 
         def merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
-            partner = partner_rows(scan, self.routes[index].stride, config.routing, config.chunk_size)
-            module = cast(CarryMerge, self.merges[merge_index])
+            module, stride = cast(CarryMerge, self.merges[merge_index]), self.routes[index].stride
+            if config.carry_heads and backend == "triton":
+                return merge_heads_triton(
+                    scan, module.bias, stride=stride, topology=config.routing, chunk_size=config.chunk_size
+                )
+            partner = partner_rows(scan, stride, config.routing, config.chunk_size)
             merged = self._merge(module, scan.flatten(0, 1), partner.flatten(0, 1))
             return merged.view(scan.shape)
 
