@@ -155,7 +155,8 @@ def main() -> None:
             found, bits = recall(model, options, held_out)
             row = {
                 "variant": name, "model": changes, "seed": seed, "parameters": model.num_parameters(),
-                "whole": options.whole, "chars": options.steps * options.chars, "length": options.length, "pairs": options.pairs,
+                "whole": options.whole, "chars": options.steps * options.chars,
+                "length": options.length, "pairs": options.pairs,
                 "by_hops": {count: round(share, 3) for count, (share, _) in found.items()},
                 "asked": {count: asked for count, (_, asked) in found.items()},
                 "bits_per_char": None if corpus is None else round(bits, 4),
