@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+_FILES = {  # of a control group, by whether it is of version 1: limit, what is used, what of that is cached
+    False: ("memory.max", "memory.current", "inactive_file"),
+    True: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def format_bytes(nbytes: float) -> str:
@@ -48,6 +54,11 @@ def available_bytes(device: str = "cpu") -> int | None:
         held = torch.cuda.memory_allocated(where)
         free += torch.cuda.memory_reserved(where) - held
         return min(free, int(torch.cuda.get_per_process_memory_fraction(where) * total) - held)
+    known = [free for free in (_machine_bytes(), _container_bytes()) if free is not None]
+    return min(known, default=None)
+
+
+def _machine_bytes() -> int | None:
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:
@@ -59,6 +70,38 @@ def available_bytes(device: str = "cpu") -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _container_bytes(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """What the limits of Linux control groups (a container, a batch job) leave; None where there is none.
+
+    A group has at most what each group above it has. Files read once and not in use count as free.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return None
+    left = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        old = bool(controllers)  # version 1
+        top = root / "memory" if old else root
+        limit, used, cached = _FILES[old]
+        place = top / path.lstrip("/")
+        for group in (place, *place.parents):
+            if not group.is_relative_to(top):
+                break
+            try:
+                stat = dict(each.split() for each in (group / "memory.stat").read_text().splitlines())
+                most, now = ((group / name).read_text().strip() for name in (limit, used))
+                left.append(max(0, int(most) - int(now) + int(stat.get(cached, 0))))
+            except (OSError, ValueError):  # the path is that outside the container; or "max", no limit
+                continue
+    return min(left, default=None)
 
 
 def require(nbytes: int, device: str, what: str, advice: str) -> None:
