@@ -490,7 +490,7 @@ def test_out_of_memory_is_one_line(run, checkpoint, monkeypatch):
         def fail(*_, _error=error):
             raise _error
 
-        monkeypatch.setattr("butterfly_llm.commands.generate.load_model", fail)
+        monkeypatch.setattr("butterfly_llm.commands.common.load_model", fail)
         code, _, err = run("generate", "--context", "--prompt", "x", "--model", checkpoint)
         assert code == 2 and err.count("\n") == 1 and "out of memory" in err
 
@@ -499,13 +499,13 @@ def test_a_message_of_several_lines_becomes_one(run, monkeypatch):
     def fail(*_):
         raise ValueError("first\n  second")
 
-    monkeypatch.setattr("butterfly_llm.commands.generate.load_model", fail)
+    monkeypatch.setattr("butterfly_llm.commands.common.load_model", fail)
     code, _, err = run("generate", "--context", "--prompt", "x")
     assert (code, err) == (2, "butterfly: error: first second\n")
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
-    monkeypatch.setattr("butterfly_llm.commands.generate.load_model", lambda *_: 1 / 0)
+    monkeypatch.setattr("butterfly_llm.commands.common.load_model", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("generate", "--context", "--prompt", "x")
 

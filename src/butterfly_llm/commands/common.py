@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,28 +28,53 @@ def own_source() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    model: Path | None = None
+    """Folder of a checkpoint. Default: the one that ships with the package."""
+    device: Device = "auto"
+    """Where to run; auto takes a GPU where there is one."""
+    precision: Precision = "auto"
+    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+
+    def load(self) -> Butterfly:
+        """The model, ready to generate."""
+        return load_model(self.model, self.device, self.precision)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How text becomes characters."""
+
+    encoding: Encoding = "latin-1"
+    """latin-1: one character, one token. utf-8: one byte, one token."""
+    errors: Errors = "strict"
+    """A character outside Latin-1 is refused, or becomes '?'."""
+
+    def read_paths(
+        self, paths: Sequence[Path], *, errors: Errors | None = None, max_chars: int | None = None
+    ) -> tuple[bytes, str]:
+        """The text in files, directories and archives, its last `max_chars`, and what to say about it."""
+        from butterfly_llm.data import read_context
+
+        found = read_context(paths, encoding=self.encoding, errors=errors or self.errors, max_chars=max_chars)
+        notes = [f"{found.files:,} files"]
+        if found.dropped:
+            notes.append(f"{found.dropped:,} characters before them left out (--context-chars)")
+        if found.replaced:
+            notes.append(f"{found.replaced:,} characters replaced by '?'")
+        if found.skips.counts:
+            notes.append(f"skipped {found.skips.summary()}")
+        return found.data, ", ".join(notes)
+
+
 def new_cache(model: Butterfly, rings: Rings) -> Cache:
     """An empty state for one stream."""
     import torch
 
     return model.new_cache(1, dtype=None if rings == "auto" else getattr(torch, rings))
-
-
-def read_paths(
-    paths: Sequence[Path], *, encoding: Encoding, errors: Errors, max_chars: int | None = None
-) -> tuple[bytes, str]:
-    """The text in files, directories and archives, its last `max_chars`, and what to say about it."""
-    from butterfly_llm.data import read_context
-
-    found = read_context(paths, encoding=encoding, errors=errors, max_chars=max_chars)
-    notes = [f"{found.files:,} files"]
-    if found.dropped:
-        notes.append(f"{found.dropped:,} characters before them left out (--context-chars)")
-    if found.replaced:
-        notes.append(f"{found.replaced:,} characters replaced by '?'")
-    if found.skips.counts:
-        notes.append(f"skipped {found.skips.summary()}")
-    return found.data, ", ".join(notes)
 
 
 def load_model(path: Path | None, device: str, precision: str) -> Butterfly:

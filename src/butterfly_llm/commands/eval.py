@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
-from butterfly_llm.commands.common import Device, Precision, load_model
+from butterfly_llm.commands.common import ModelOptions, TextOptions
 from butterfly_llm.terminal import progress_bar, say
-from butterfly_llm.text import Encoding, Errors
 
 
 @dataclass(frozen=True)
@@ -19,22 +18,14 @@ class Eval:
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Texts: files, directories, archives; of a prepared corpus, its validation projects."""
-    model: Path | None = None
-    """Folder of a checkpoint. Default: the one that ships with the package."""
     context: int | None = None
     """Characters of context, and of a window. Default: the model's reach, at most 65,536."""
     max_chars: int | None = None
     """Take at most this many characters of each text, the first ones."""
-    encoding: Encoding = "latin-1"
-    """latin-1: one character, one token. utf-8: one byte, one token."""
-    errors: Errors = "strict"
-    """A character outside Latin-1 is refused, or becomes '?'."""
     json: bool = False
     """Print one line of JSON instead of the table."""
-    device: Device = "auto"
-    """Where to run; auto takes a GPU where there is one."""
-    precision: Precision = "auto"
-    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+    text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
 
     def run(self) -> None:
         if not self.files:
@@ -44,9 +35,9 @@ class Eval:
         from butterfly_llm.evaluate import evaluate, format_table, load_documents
 
         documents = load_documents(
-            self.files, encoding=self.encoding, errors=self.errors, max_chars=self.max_chars
+            self.files, encoding=self.text.encoding, errors=self.text.errors, max_chars=self.max_chars
         )
-        model = load_model(self.model, self.device, self.precision)
+        model = self.model.load()
         for document in documents:
             if document.losses:
                 say(f"{document.name}: {document.losses}")

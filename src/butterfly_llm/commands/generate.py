@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from butterfly_llm.commands.common import (
-    Device,
-    Precision,
-    Rings,
-    load_model,
-    new_cache,
-    own_source,
-    read_paths,
-)
+from butterfly_llm.commands.common import ModelOptions, Rings, TextOptions, new_cache, own_source
 from butterfly_llm.config import SamplingConfig
 from butterfly_llm.memory import format_bytes
 from butterfly_llm.terminal import progress_bar, say, write
-from butterfly_llm.text import Encoding, Errors, encode
+from butterfly_llm.text import encode
 
 if TYPE_CHECKING:
     from butterfly_llm.cache import Cache
@@ -50,18 +42,10 @@ class Generate:
     """Continuations of the same context; the second is drawn with the next seed, and so on."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not written."""
-    encoding: Encoding = "latin-1"
-    """latin-1: one character, one token. utf-8: one byte, one token."""
-    errors: Errors = "strict"
-    """A character outside Latin-1 is refused, or becomes '?'."""
-    model: Path | None = None
-    """Folder of a checkpoint. Default: the one that ships with the package."""
-    device: Device = "auto"
-    """Where to run; auto takes a GPU where there is one."""
-    precision: Precision = "auto"
-    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
     rings: Rings = "auto"
     """Type of what a stream keeps; auto: that of the activations. A state keeps its own."""
+    text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
 
     def run(self) -> None:
         if self.max_chars < 0 or self.context_chars < 0:
@@ -69,10 +53,10 @@ class Generate:
         if self.num_samples < 1:
             raise ValueError(f"generate: --num-samples must be at least 1, not {self.num_samples}")
         data, note = self._context()
-        data += encode(self.prompt, source="--prompt", encoding=self.encoding, errors=self.errors)
+        data += encode(self.prompt, source="--prompt", encoding=self.text.encoding, errors=self.text.errors)
         if not data and self.state is None:
             raise ValueError("generate: context and prompt are both empty; give --prompt or --context")
-        model = load_model(self.model, self.device, self.precision)
+        model = self.model.load()
         from butterfly_llm.generate import read
 
         if self.state is None:
@@ -117,7 +101,7 @@ class Generate:
         for piece in generate_text(
             model,
             b"",
-            encoding=self.encoding,
+            encoding=self.text.encoding,
             sampling=sampling,
             max_chars=self.max_chars,
             cache=cache,
@@ -133,10 +117,9 @@ class Generate:
         paths: Sequence[Path] = own_source() if self.context is None else self.context
         if not paths:
             return b"", ""
-        data, note = read_paths(
+        data, note = self.text.read_paths(
             paths,
-            encoding=self.encoding,
-            errors="replace" if self.context is None else self.errors,
+            errors="replace" if self.context is None else None,
             max_chars=self.context_chars or None,
         )
         name = "this package's source" if self.context is None else "context"

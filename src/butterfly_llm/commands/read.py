@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
-from butterfly_llm.commands.common import Device, Precision, Rings, load_model, new_cache, read_paths
+from butterfly_llm.commands.common import ModelOptions, Rings, TextOptions, new_cache
 from butterfly_llm.memory import format_bytes
 from butterfly_llm.terminal import progress_bar, say
-from butterfly_llm.text import Encoding, Errors
 
 
 @dataclass(frozen=True)
@@ -24,18 +23,10 @@ class Read:
     """Folder of the state; replaced if it holds one already."""
     state: Path | None = None
     """Folder of a state to go on from: the texts are appended to what it has read."""
-    encoding: Encoding = "latin-1"
-    """latin-1: one character, one token. utf-8: one byte, one token."""
-    errors: Errors = "strict"
-    """A character outside Latin-1 is refused, or becomes '?'."""
-    model: Path | None = None
-    """Folder of a checkpoint. Default: the one that ships with the package."""
-    device: Device = "auto"
-    """Where to run; auto takes a GPU where there is one."""
-    precision: Precision = "auto"
-    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
     rings: Rings = "auto"
     """Type of what a stream keeps; auto: that of the activations. A state keeps its own."""
+    text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
 
     def run(self) -> None:
         if not self.paths:
@@ -43,8 +34,8 @@ class Read:
         from butterfly_llm.folder import STATE, check_target
 
         check_target(self.save, STATE)  # not only when all is read
-        data, note = read_paths(self.paths, encoding=self.encoding, errors=self.errors)
-        model = load_model(self.model, self.device, self.precision)
+        data, note = self.text.read_paths(self.paths)
+        model = self.model.load()
         from butterfly_llm.generate import read
         from butterfly_llm.state import load_state, save_state
 

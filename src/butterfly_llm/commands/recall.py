@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from butterfly_llm.commands.common import Device, Precision, load_model, own_source
+from butterfly_llm.commands.common import ModelOptions, own_source
 from butterfly_llm.terminal import progress_bar
 
 Task = Literal["needle", "multikey", "uuid", "announced", "variables", "mqar", "induction", "copying"]
@@ -20,8 +20,6 @@ class Recall:
 
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Text to plant into: files, directories, archives. Default: this package's source."""
-    model: Path | None = None
-    """Folder of a checkpoint. Default: the one that ships with the package."""
     task: Task = "needle"
     """What is asked: a planted value alone, among others or of 32 digits; key announced before the text;
     a chain of assignments; pairs (mqar); what followed a sign (induction); strewn letters (copying)."""
@@ -33,10 +31,7 @@ class Recall:
     """Places, keys and values follow from it."""
     json: bool = False
     """Print one line of JSON instead of the table."""
-    device: Device = "auto"
-    """Where to run; auto takes a GPU where there is one."""
-    precision: Precision = "auto"
-    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
 
     def run(self) -> None:
         if self.length < 512 or self.windows < 1:
@@ -45,7 +40,7 @@ class Recall:
         from butterfly_llm.tasks import evaluate_task
 
         text = read_context(self.files or own_source(), errors="replace").data
-        model = load_model(self.model, self.device, self.precision)
+        model = self.model.load()
         with progress_bar("asking", None) as update:
             result = evaluate_task(
                 model,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
-from butterfly_llm.commands.common import Device, Precision, load_model, own_source
+from butterfly_llm.commands.common import ModelOptions, own_source
 from butterfly_llm.terminal import progress_bar
 
 
@@ -17,8 +17,6 @@ class Repeats:
 
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Text: files, directories, archives. Default: this package's source."""
-    model: Path | None = None
-    """Folder of a checkpoint. Default: the one that ships with the package."""
     context: int = 8192
     """Characters in a window."""
     min_chars: int = 6
@@ -27,10 +25,7 @@ class Repeats:
     """Names that occur more often in a window do not count."""
     json: bool = False
     """Print one line of JSON instead of the table."""
-    device: Device = "auto"
-    """Where to run; auto takes a GPU where there is one."""
-    precision: Precision = "auto"
-    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
 
     def run(self) -> None:
         if self.context < 1 or self.min_chars < 2 or self.max_count < 2:
@@ -39,7 +34,7 @@ class Repeats:
         from butterfly_llm.repeats import evaluate_repeats
 
         documents = load_documents(self.files or own_source(), errors="replace")
-        model = load_model(self.model, self.device, self.precision)
+        model = self.model.load()
         with progress_bar("reading", sum(len(d.data) for d in documents)) as update:
             result = evaluate_repeats(
                 model,

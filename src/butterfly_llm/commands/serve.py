@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from butterfly_llm.commands.common import Device, Precision, load_model
+import tyro
+
+from butterfly_llm.commands.common import ModelOptions
 from butterfly_llm.text import Encoding
 
 
@@ -31,19 +33,14 @@ class Serve:
     """Characters that one request may ask for."""
     max_body_bytes: int = 16_000_000
     """Size of a request at most, uploaded texts included."""
-    model: Path | None = None
-    """Folder of a checkpoint. Default: the one that ships with the package."""
-    device: Device = "auto"
-    """Where to run; auto takes a GPU where there is one."""
-    precision: Precision = "auto"
-    """Type of the activations; auto: bfloat16 on a GPU, else float32."""
+    model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
 
     def run(self) -> None:
         from butterfly_llm.serve import serve
 
         serve(
-            lambda: load_model(self.model, self.device, self.precision),
-            name="butterfly" if self.model is None else self.model.resolve().name,
+            self.model.load,
+            name="butterfly" if self.model.model is None else self.model.model.resolve().name,
             host=self.host,
             port=self.port,
             token=self.token,
