@@ -1,7 +1,7 @@
 """The fused feed-forward layer against float64: odd numbers of rows, all gradients, the model's own path.
 
 The kernel runs natively on a GPU and under Triton's interpreter elsewhere, in the process that
-tests/test_triton_attention.py starts for it.
+tests/test_interpreter.py starts for it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Layer
 from butterfly_llm.ops import feed_forward
 from butterfly_llm.ops.feed_forward import Tiles, relu2_feed_forward, tiles
-from conftest import chunk_error, random_model
-from test_triton_attention import CUDA, DEVICE, INTERPRETED, kernels
+from conftest import CUDA, DEVICE, INTERPRETED, chunk_error, kernels, random_model
 
 EPS = 1e-6
 # RMS error over RMS reference, worst 16 rows; observed: float32 4e-7, float16 1.2e-3.

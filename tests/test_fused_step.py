@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.fused_step import FusedStep
 from butterfly_llm.ops.triton_rows import rows_product
-from conftest import CUDA, DEVICE, INTERPRETED, kernels, random_model
+from conftest import DEVICE, kernels, random_model
 
 SHAPES = {
     "micro": {},
@@ -74,13 +69,3 @@ def test_sizes_that_are_no_powers_of_two(batch: int) -> None:
 def test_gated_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="feed_forward 'swiglu' has no kernel"):
         FusedStep(random_model(ButterflyConfig.preset("micro", feed_forward="swiglu")))
-
-
-@pytest.mark.skipif(INTERPRETED or CUDA, reason="runs natively, or is the run itself")
-def test_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "9 passed, 1 skipped" in run.stdout, run.stdout

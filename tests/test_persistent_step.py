@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.decode import Decoder
 from butterfly_llm.persistent_step import PersistentStep, tiling, unsupported
-from conftest import CUDA, DEVICE, INTERPRETED, kernels, random_model
+from conftest import DEVICE, INTERPRETED, kernels, random_model
 
 SHAPES = {
     "micro": {},
@@ -119,13 +114,3 @@ def test_what_it_cannot_step_is_named() -> None:
     model = random_model(ButterflyConfig.preset("micro", carry_size=12))
     with pytest.raises(ValueError, match="persistent step: carry_size 12 is no multiple of 8"):
         PersistentStep(model, model.new_cache())
-
-
-@pytest.mark.skipif(INTERPRETED or CUDA, reason="runs natively, or is the run itself")
-def test_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "14 passed, 3 skipped" in run.stdout, run.stdout

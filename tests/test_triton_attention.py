@@ -1,17 +1,13 @@
 """The Triton kernels against the dense float64 reference: every topology, odd lengths, all gradients.
 
-On a GPU the cases run natively. Elsewhere `test_under_the_interpreter` runs this file again in a process
-with TRITON_INTERPRET=1, because Triton reads that once, when first imported. The interpreter has no bfloat16.
+On a GPU the cases run natively. Elsewhere `test_interpreter.py` runs this file in a process with
+TRITON_INTERPRET=1, because Triton reads that once, when first imported. The interpreter has no bfloat16.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,18 +248,6 @@ def test_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         butterfly_attention_triton(q, q, q, **options | {"chunk_size": 24})
     with pytest.raises(ValueError, match=r"torch\.float64"):
         butterfly_attention_triton(q.double(), q.double(), q.double(), **options)
-
-
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels run in this process")
-@pytest.mark.skipif(not triton_attention._TRITON_FOUND, reason="triton is not installed")
-def test_under_the_interpreter() -> None:
-    others = ("test_triton_step.py", "test_prefill.py", "test_feed_forward.py")
-    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
-    command = [sys.executable, "-m", "pytest", *files, "-m", "not gpu", "-p", "no:cacheprovider"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA or INTERPRETED, reason="needs a GPU")]

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,7 @@ from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.ops.portable import partner_rows
 from butterfly_llm.ops.triton_carry import merge_heads_triton
 from butterfly_llm.routing import Topology
-from conftest import CUDA, DEVICE, INTERPRETED, chunk_error, kernels, random_model
+from conftest import DEVICE, chunk_error, kernels, random_model
 
 CHUNK = 16
 LENGTHS = (1, 16, 17, 161)
@@ -113,13 +109,3 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     expected.sum().backward()
     assert scan.grad is not None and tail.grad is not None
     assert chunk_error(scan.grad[:, -256:], tail.grad, 128) < 1.5e-2
-
-
-@pytest.mark.skipif(INTERPRETED or CUDA, reason="runs natively, or is the run itself")
-def test_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "13 passed, 4 skipped" in run.stdout, run.stdout
