@@ -115,9 +115,10 @@ def test_a_saved_fork_is_a_state_of_its_own(tmp_path: Path) -> None:
         model.prefill(text(17), fork)
 
 
+@pytest.mark.parametrize("heads", [0, 4])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.02), (torch.int8, 0.03)])
-def test_rings_in_fewer_bits_move_the_logits_little(dtype: torch.dtype, bound: float) -> None:
-    model = random_model(ButterflyConfig.preset("micro", num_kv_heads=1))
+def test_rings_in_fewer_bits_move_the_logits_little(dtype: torch.dtype, bound: float, heads: int) -> None:
+    model = random_model(ButterflyConfig.preset("micro", num_kv_heads=1, carry_heads=heads))
     exact, small = model.new_cache(), model.new_cache(dtype=dtype)
     assert small.dtype == dtype
     ids = text(300)
@@ -127,8 +128,9 @@ def test_rings_in_fewer_bits_move_the_logits_little(dtype: torch.dtype, bound: f
     assert 1e-4 < error < bound
 
 
-def test_8_bit_rings_are_saved_and_resumed_bit_by_bit(tmp_path: Path) -> None:
-    model = random_model(ButterflyConfig.preset("micro"))
+@pytest.mark.parametrize("heads", [0, 4])
+def test_8_bit_rings_are_saved_and_resumed_bit_by_bit(tmp_path: Path, heads: int) -> None:
+    model = random_model(ButterflyConfig.preset("micro", carry_heads=heads))
     for past in (L, 4 * L + 5, 500):
         cache = model.new_cache(2, dtype=torch.int8)
         model.prefill(text(past, batch=2), cache)
@@ -149,6 +151,20 @@ def test_8_bit_codes_are_within_half_a_step() -> None:
     assert ((back - chunks[:, :, 3:]).abs() <= steps / 2 * 1.001).all()
     assert torch.equal(ring.read([6]), chunks[:, :, 6:])  # in progress: not quantised
     assert not torch.equal(back[:, :, :1], chunks[:, :, 3:4])
+
+
+def test_scores_of_the_carry_do_not_drown_its_values_in_8_bits() -> None:
+    """Scores grow large, values are of size one: a common scale would lose the values."""
+    config = ButterflyConfig.preset("micro", carry_heads=4, num_passes=1)
+    cache = Cache.new(config, 1, torch.int8, "cpu")
+    assert cache.paged is not None
+    ring = next(carry for *_, carry in cache.paged if carry is not None)
+    chunks = torch.randn(1, 2, L, config.carry_width)
+    chunks[..., :4] *= 100
+    ring.write(0, chunks)
+    back = ring.read([0])
+    assert (back - chunks[:, :1])[..., 4:].abs().max() < 0.03 < (back - chunks[:, :1])[..., :4].abs().max()
+    assert torch.equal(ring.clone().read([0]), back)
 
 
 def test_grouped_heads_and_fewer_bits_shrink_the_state() -> None:

@@ -36,7 +36,7 @@ def cache_nbytes(config: ButterflyConfig, batch_size: int = 1, dtype: torch.dtyp
     for route in routes_of(config):
         carried = route.stage == "butterfly" and config.carry_size > 0
         chars = (route.stride + 1) * config.chunk_size
-        rows += chars * (2 * config.num_kv_heads + carried)
+        rows += chars * (2 * config.num_kv_heads + carried * (2 if config.carry_heads else 1))
         values += chars * (2 * config.num_kv_heads * config.head_dim + carried * config.carry_width)
     scales = 4 * rows if dtype == torch.int8 else 0
     return batch_size * (values * dtype.itemsize + scales)
@@ -101,16 +101,17 @@ class Cache:
         layers: Layers = []
         for route in routes_of(config):
 
-            def ring(*shape: int, stride: int = route.stride) -> Ring:
+            def ring(*shape: int, stride: int = route.stride, scores: int = 0) -> Ring:
                 """A ring of chunks (..., L, X)."""
                 slots = 2 if dtype == torch.int8 else stride + 1
                 kind = window_dtype if dtype == torch.int8 else dtype
                 window = torch.zeros(*shape[:-2], slots, *shape[-2:], dtype=kind, device=device)
-                return QuantisedRing(window, stride) if dtype == torch.int8 else Ring(window)
+                return QuantisedRing(window, stride, scores) if dtype == torch.int8 else Ring(window)
 
             shape = (batch_size, config.num_kv_heads, config.chunk_size, config.head_dim)
             carried = route.stage == "butterfly" and config.carry_size > 0
-            carry = ring(batch_size, config.chunk_size, config.carry_width) if carried else None
+            lanes = batch_size, config.chunk_size, config.carry_width
+            carry = ring(*lanes, scores=config.carry_heads) if carried else None
             layers.append((ring(*shape), ring(*shape), carry))
         return cls._of(config, 0, layers, paged=dtype == torch.int8)
 

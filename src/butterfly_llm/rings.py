@@ -182,14 +182,19 @@ class ForkedRing(WindowRing):
 
 
 class QuantisedRing(WindowRing):
-    """Finished chunks in 8 bits, each row with a scale of its own; the window is not quantised."""
+    """Finished chunks in 8 bits, each row with a scale of its own; the window is not quantised.
 
-    def __init__(self, window: Tensor, stride: int) -> None:
+    scores: columns at the front of a row that have a second scale, as they are of another size.
+    """
+
+    def __init__(self, window: Tensor, stride: int, scores: int = 0) -> None:
         super().__init__(window, stride, 0)
         *lead, _, rows, width = window.shape
+        self.parts_of_row = [scores, width - scores] if scores else [width]
         # stride slots are enough: the chunk in progress is in the window
         self.codes = torch.zeros(*lead, stride, rows, width, dtype=torch.int8, device=window.device)
-        self.scale = torch.zeros(*lead, stride, rows, 1, dtype=torch.float32, device=window.device)
+        scales = (*lead, stride, rows, len(self.parts_of_row))
+        self.scale = torch.zeros(scales, dtype=torch.float32, device=window.device)
 
     @property
     def nbytes(self) -> int:
@@ -203,19 +208,29 @@ class QuantisedRing(WindowRing):
         return {".window": self.window, ".codes": self.codes, ".scale": self.scale}
 
     def clone(self) -> QuantisedRing:
-        ring = QuantisedRing(self.window.clone(), self.stride)
+        scores = self.parts_of_row[0] if len(self.parts_of_row) > 1 else 0
+        ring = QuantisedRing(self.window.clone(), self.stride, scores)
         ring.codes.copy_(self.codes)
         ring.scale.copy_(self.scale)
         ring.finished = self.finished
         return ring
 
+    def _spread(self, scale: Tensor) -> Tensor:
+        """A scale for each part of a row -> one for each column, or for all."""
+        if len(self.parts_of_row) == 1:
+            return scale
+        columns = zip(torch.split(scale, 1, -1), self.parts_of_row, strict=True)
+        return torch.cat([part.expand(*part.shape[:-1], count) for part, count in columns], -1)
+
     def load(self, chunks: Sequence[int]) -> Tensor:
-        return (_take(self.codes, chunks) * _take(self.scale, chunks)).to(self.window.dtype)
+        return (_take(self.codes, chunks) * self._spread(_take(self.scale, chunks))).to(self.window.dtype)
 
     def save(self, first: int, x: Tensor) -> None:
         kept = x[..., -self.stride :, :, :].float()
         first += x.shape[-3] - kept.shape[-3]
-        scale = kept.abs().amax(-1, keepdim=True) / 127
-        codes = (kept / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+        parts = torch.split(kept, self.parts_of_row, -1)
+        scale = torch.cat([part.abs().amax(-1, keepdim=True) for part in parts], -1) / 127
+        steps = self._spread(scale).clamp_min(torch.finfo(torch.float32).tiny)
+        codes = (kept / steps).round().to(torch.int8)
         _put(self.codes, first, codes)
         _put(self.scale, first, scale)
