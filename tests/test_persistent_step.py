@@ -73,9 +73,9 @@ def test_programs_share_the_work() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("preset", ["small", "full"])
-def test_a_graph_steps_over_chunks_and_repeats_to_the_bit(preset: str) -> None:
-    model = random_model(ButterflyConfig.preset(preset)).cuda()
+@pytest.mark.parametrize(("preset", "heads"), [("small", 0), ("full", 0), ("small", 4), ("full", 4)])
+def test_a_graph_steps_over_chunks_and_repeats_to_the_bit(preset: str, heads: int) -> None:
+    model = random_model(ButterflyConfig.preset(preset, carry_heads=heads)).cuda()
     model.compute_dtype = torch.bfloat16
     ids = text(400)
     modules, *caches = (model.new_cache() for _ in range(3))
