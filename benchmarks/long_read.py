@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from butterfly_llm.bench.prefill import add_model_options, facts, model_of
+from butterfly_llm.bench.models import add_model_options, facts, model_of
 from butterfly_llm.cache import routes_of
 from butterfly_llm.memory import format_bytes, pick_device
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from butterfly_llm.bench import run
-from butterfly_llm.bench.prefill import add_model_options, facts, model_of
+from butterfly_llm.bench.models import add_model_options, facts, model_of
 from butterfly_llm.bench.stream import read_bandwidth, step_bytes, wait
 from butterfly_llm.cache import Cache
 from butterfly_llm.decode import Decoder

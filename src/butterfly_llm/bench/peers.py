@@ -30,6 +30,7 @@ from torch import Tensor
 
 from butterfly_llm.bench import run
 from butterfly_llm.bench.isolate import Worker, all_at_once, one_line
+from butterfly_llm.bench.models import add_preset_options, config_of
 from butterfly_llm.bench.stream import wait
 from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.config import ButterflyConfig, TrainConfig
@@ -314,10 +315,7 @@ def expected_seconds(name: str, last: dict[str, Any] | None, length: int, chars:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--preset", default="small", help="whose parameters all have: full, small, tiny, micro"
-    )
-    parser.add_argument("--levels", type=int, help="levels in a pass of ours, in as many layers")
+    add_preset_options(parser, "small")  # whose parameters all have
     parser.add_argument("--twins", nargs="+", choices=TWINS, default=TWINS, help="architectures")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS[:2], dest="tasks")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="characters in a window")
@@ -334,9 +332,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if lengths[0] < 1 or options.chars < 1 or options.limit <= 0 or options.seconds <= 0:
         raise ValueError("bench peers: --lengths, --chars, --limit and --seconds must be above 0")
     device = str(pick_device(options.device))
-    config = ButterflyConfig.preset(options.preset)
-    if options.levels is not None:
-        config = config.with_levels(options.levels)
+    config = config_of(options)
     deadline: float = time.monotonic() + options.seconds
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",

@@ -17,56 +17,11 @@ from typing import Any
 import torch
 
 from butterfly_llm.bench import run
+from butterfly_llm.bench.models import add_model_options, facts, model_of
 from butterfly_llm.bench.stream import matmul_rate, prefill_operations, seconds, wait
-from butterfly_llm.checkpoint import load_pretrained
-from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.memory import pick_device
-from butterfly_llm.model import Butterfly
 
 LENGTHS = (8192, 65_536, 262_144, 1_048_576)
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="random weights of full, small, tiny or micro")
-    parser.add_argument("--model", help="checkpoint folder; default: the shipped one")
-    parser.add_argument("--levels", type=int, help="with --preset: levels in a pass, in as many layers")
-    parser.add_argument("--kv-heads", type=int, help="with --preset: key and value heads")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the layers (once for each slice size)"
-    )
-
-
-def model_of(options: argparse.Namespace) -> Butterfly:
-    """The model that `add_model_options` means, on its device, in bfloat16 on a GPU."""
-    device = pick_device(options.device)
-    if options.preset is None:
-        if options.levels is not None or options.kv_heads is not None:
-            raise ValueError(f"bench {options.bench}: --levels and --kv-heads go with --preset")
-        model = load_pretrained(options.model, device=device)
-    else:
-        changes = {} if options.kv_heads is None else {"num_kv_heads": options.kv_heads}
-        config = ButterflyConfig.preset(options.preset, **changes)
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = Butterfly(config if options.levels is None else config.with_levels(options.levels))
-    model.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if options.compile:
-        model.compile_layers()
-    return model
-
-
-def facts(model: Butterfly) -> dict[str, Any]:
-    """What a record must say about a run."""
-    on_gpu = model.embed.weight.is_cuda
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "torch": torch.__version__,
-        "parameters": model.num_parameters(),
-        "num_levels": model.config.num_levels,
-        "num_kv_heads": model.config.num_kv_heads,
-        "dtype": str(model.compute_dtype).removeprefix("torch."),
-    }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

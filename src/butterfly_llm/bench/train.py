@@ -19,6 +19,7 @@ from typing import Any, get_args
 import torch
 
 from butterfly_llm.bench import run
+from butterfly_llm.bench.models import add_preset_options, config_of
 from butterfly_llm.bench.stream import matmul_rate
 from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.config import ButterflyConfig, TrainConfig
@@ -121,7 +122,7 @@ def time_steps(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="small", help="full, small, tiny or micro")
+    add_preset_options(parser, "small")
     parser.add_argument("--chars", type=int, default=131072, help="characters in a step")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[4096, 65536], help="characters in a window"
@@ -133,7 +134,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=list(backends()),
         help="of the attention",
     )
-    parser.add_argument("--levels", type=int, help="levels in a pass, in as many layers")
     parser.add_argument(
         "--recompute",
         choices=get_args(Mode),
@@ -151,9 +151,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.steps < 1 or not 1 <= min(options.lengths) <= max(options.lengths) <= options.chars:
         raise ValueError("bench train: --steps must be at least 1, --lengths from 1 to --chars")
-    config = ButterflyConfig.preset(options.preset)
-    if options.levels is not None:
-        config = config.with_levels(options.levels)
+    config = config_of(options)
     feed_forward.ENABLED = options.fused_feed_forward
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     nominal = next((rate for name, rate in NOMINAL.items() if name in device), None)
@@ -167,7 +165,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             try:
-                row = {"preset": options.preset} | time_steps(
+                row = {"preset": options.preset, "carry_heads": config.carry_heads} | time_steps(
                     config,
                     length,
                     options.chars,

@@ -1,0 +1,72 @@
+"""Which model a benchmark measures: options, the model itself, and what a record says of it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from butterfly_llm.checkpoint import load_pretrained
+from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.memory import pick_device
+from butterfly_llm.model import Butterfly
+
+
+def add_preset_options(parser: argparse.ArgumentParser, preset: str | None) -> None:
+    """preset: the default; None where a trained model is measured unless one is named."""
+    parser.add_argument("--preset", default=preset, help="random weights of full, small, tiny or micro")
+    parser.add_argument("--levels", type=int, help="of the preset: levels in a pass, in as many layers")
+    parser.add_argument("--kv-heads", type=int, help="of the preset: key and value heads")
+    parser.add_argument(
+        "--carry-heads", type=int, help="of the preset: heads of the carry, 0 for a gated one"
+    )
+
+
+def config_of(options: argparse.Namespace) -> ButterflyConfig:
+    """The preset that `add_preset_options` means, with its changes."""
+    wanted = {"num_kv_heads": options.kv_heads, "carry_heads": options.carry_heads}
+    changes = {name: value for name, value in wanted.items() if value is not None}
+    config = ButterflyConfig.preset(options.preset, **changes)
+    return config if options.levels is None else config.with_levels(options.levels)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add_preset_options(parser, None)
+    parser.add_argument("--model", help="checkpoint folder; default: the shipped one")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the layers (once for each slice size)"
+    )
+
+
+def model_of(options: argparse.Namespace) -> Butterfly:
+    """The model that `add_model_options` means, on its device, in bfloat16 on a GPU."""
+    device = pick_device(options.device)
+    if options.preset is None:
+        for name in ("levels", "kv_heads", "carry_heads"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"bench {options.bench}: --{name.replace('_', '-')} goes with --preset")
+        model = load_pretrained(options.model, device=device)
+    else:
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = Butterfly(config_of(options))
+    model.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if options.compile:
+        model.compile_layers()
+    return model
+
+
+def facts(model: Butterfly) -> dict[str, Any]:
+    """What a record must say about a run."""
+    on_gpu = model.embed.weight.is_cuda
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "parameters": model.num_parameters(),
+        "num_levels": model.config.num_levels,
+        "num_kv_heads": model.config.num_kv_heads,
+        "carry_heads": model.config.carry_heads,
+        "dtype": str(model.compute_dtype).removeprefix("torch."),
+    }
