@@ -34,7 +34,8 @@ import torch
 
 from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.config import ButterflyConfig, SamplingConfig, TrainConfig
-from butterfly_llm.data import Corpus, prepare, read_context
+from butterfly_llm.corpus import Corpus
+from butterfly_llm.data import prepare, read_context
 from butterfly_llm.folder import MANIFEST, Folder
 from butterfly_llm.model import Butterfly
 from butterfly_llm.state import load_state, save_state

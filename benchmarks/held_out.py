@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from butterfly_llm.checkpoint import load_pretrained
-from butterfly_llm.data import Corpus
+from butterfly_llm.corpus import Corpus
 from butterfly_llm.evaluate import evaluate, load_documents
 from butterfly_llm.memory import pick_device
 from butterfly_llm.recall import Needles, evaluate_recall

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from butterfly_llm.config import ButterflyConfig, TrainConfig
-from butterfly_llm.data import Corpus
+from butterfly_llm.corpus import Corpus
 from butterfly_llm.recall import Needles, evaluate_recall
 from butterfly_llm.train import train
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from butterfly_llm.config import ButterflyConfig, TrainConfig
-from butterfly_llm.data import Corpus
+from butterfly_llm.corpus import Corpus
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import Optimizers
 from butterfly_llm.routing import hops

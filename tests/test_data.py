@@ -14,17 +14,8 @@ import numpy as np
 import pytest
 
 from butterfly_llm import archives
-from butterfly_llm.data import (
-    Corpus,
-    FileRules,
-    Project,
-    file_header,
-    prepare,
-    project_name,
-    read_context,
-    sample_windows,
-    val_windows,
-)
+from butterfly_llm.corpus import Corpus, sample_windows, val_windows
+from butterfly_llm.data import FileRules, Project, file_header, prepare, project_name, read_context
 from butterfly_llm.licenses import license_claim
 
 FILES = {"b.py": "print(2)\n", "sub/a.py": "print(1)\n", "a.txt": "no newline at the end"}
@@ -522,3 +513,33 @@ def test_decompression_bomb_is_refused(tmp_path: Path, out: Path, monkeypatch) -
     path.write_bytes(gzip.compress(b"x" * (3 << 20)))
     with pytest.raises(ValueError, match="unpacks to more than"):
         prepare([path], out)
+
+
+def lines(count: int, kind: str = "line") -> list[str]:
+    return [f"{kind} {number}: {number * number}\n" for number in range(count)]
+
+
+def test_files_that_are_nearly_the_same_are_kept_once(tmp_path: Path) -> None:
+    old = lines(100)
+    new = [*old[:50], "another line in the middle\n", *old[52:]]  # 98 of 101 lines in common
+    half = [*old[:50], *lines(50, "other")]
+    source = tree(tmp_path / "in", {
+        "old/a.py": "".join(old), "new/a.py": "".join(new), "half/a.py": "".join(half),
+        "short/a.py": "".join([*old[:9], "}\n"]), "short/b.py": "".join([*old[:9], "}\n", "{\n"]),
+    })  # fmt: skip
+    report = prepare([source], tmp_path / "out", projects="children", holdout=["old"], near_duplicates=0.8)
+    kept = {document.name: document.files for document in report.documents}
+    assert kept == {"old": 1, "half": 1, "short": 2}  # validation is kept, training gives way
+    assert report.skips.counts["near duplicate"] == 1
+    assert report.skips.examples["near duplicate"].endswith("new/a.py")
+    assert "1 near duplicate" in "\n".join(report.lines())
+    again = prepare([source], tmp_path / "all", projects="children", holdout=["old"])
+    assert {document.name for document in again.documents} == {"old", "new", "half", "short"}
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
+def test_a_share_of_lines_that_makes_no_sense_is_refused(share: float, tmp_path: Path) -> None:
+    source = tree(tmp_path / "in", FILES)
+    with pytest.raises(ValueError, match="must be above 0 and at most 1"):
+        prepare([source], tmp_path / "out", near_duplicates=share)
+    assert not (tmp_path / "out").exists()

@@ -14,8 +14,9 @@ MAX_LINES = 600
 RANKS = {
     "config": 0, "text": 0, "memory": 0, "archives": 0, "licenses": 0, "signals": 0, "terminal": 0,
     "guard": 0, "protocol": 0, "metrics": 0, "folder": 0, "tracking": 0,
-    "routing": 1, "data": 1, "rings": 1, "modules": 1, "offload": 1,
-    "ops": 2, "cache": 2, "recompute": 2, "carry": 2,
+    "near_duplicates": 0,
+    "routing": 1, "corpus": 1, "rings": 1, "modules": 1, "offload": 1,
+    "data": 2, "ops": 2, "cache": 2, "recompute": 2, "carry": 2,
     "model": 3, "twins": 4,
     "checkpoint": 4, "state": 4, "fused_step": 4, "persistent_step": 4, "extend": 4, "generate": 4,
     "evaluate": 4, "recall": 4, "optim": 4, "reporting": 4, "captured": 4, "curriculum": 4,
@@ -30,6 +31,7 @@ RANKS = {
 OPTIONAL = (
     "matplotlib",
     "zstandard",
+    "datasketch",
     "triton",
     "transformers",
     "fastapi",

@@ -16,7 +16,8 @@ import torch
 from butterfly_llm.bench import peers, twins
 from butterfly_llm.bench.peers import Subject, expected_seconds
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.data import Corpus, prepare
+from butterfly_llm.corpus import Corpus
+from butterfly_llm.data import prepare
 from butterfly_llm.evaluate import character_nats
 from butterfly_llm.twins import twin_config
 from conftest import random_model

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from butterfly_llm.config import ButterflyConfig, TrainConfig
+from butterfly_llm.corpus import Corpus
 from butterfly_llm.curriculum import curriculum, plant_pairs
-from butterfly_llm.data import Corpus
 from butterfly_llm.model import Butterfly
 from butterfly_llm.recall import Needles, at_hops, evaluate_recall, plant
 from butterfly_llm.routing import hops

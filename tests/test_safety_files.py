@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from butterfly_llm import data
 from butterfly_llm.archives import ARCHIVE_SUFFIXES
-from butterfly_llm.data import Corpus, prepare, read_context, sample_windows, val_windows
+from butterfly_llm.corpus import Corpus, sample_windows, val_windows
+from butterfly_llm.data import prepare, read_context
 from butterfly_llm.evaluate import load_documents
 from butterfly_llm.terminal import one_line
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from butterfly_llm.checkpoint import checkpoints, load_pretrained, load_training
 from butterfly_llm.config import ButterflyConfig, TrainConfig
-from butterfly_llm.data import Corpus, prepare
+from butterfly_llm.corpus import Corpus
+from butterfly_llm.data import prepare
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import Muon, Optimizers, learning_rate, length_at, progress_at
 from butterfly_llm.recompute import Load

@@ -27,7 +27,8 @@ from torch import Tensor
 from butterfly_llm import memory
 from butterfly_llm.archives import archive_suffix
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.data import MANIFEST, SEPARATOR, Corpus, read_context
+from butterfly_llm.corpus import MANIFEST, SEPARATOR, Corpus
+from butterfly_llm.data import read_context
 from butterfly_llm.text import Encoding, Errors, encode_counted, read_text
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from butterfly_llm.data import SEPARATOR
+from butterfly_llm.corpus import SEPARATOR
 from butterfly_llm.evaluate import Document, character_nats
 
 if TYPE_CHECKING:

@@ -39,8 +39,8 @@ from butterfly_llm.checkpoint import (
     save_training,
 )
 from butterfly_llm.config import ButterflyConfig, SamplingConfig, TrainConfig
+from butterfly_llm.corpus import Corpus, check_length, sample_windows, val_windows
 from butterfly_llm.curriculum import curriculum
-from butterfly_llm.data import Corpus, check_length, sample_windows, val_windows
 from butterfly_llm.generate import generate_text
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import default_backend

@@ -28,7 +28,7 @@ from butterfly_llm.bench import peers, run
 from butterfly_llm.bench.isolate import Worker
 from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.config import ButterflyConfig, TrainConfig
-from butterfly_llm.data import Corpus, check_length, sample_windows, val_windows
+from butterfly_llm.corpus import Corpus, check_length, sample_windows, val_windows
 from butterfly_llm.evaluate import BUCKETS
 from butterfly_llm.memory import pick_device
 from butterfly_llm.model import Butterfly

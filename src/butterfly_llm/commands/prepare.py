@@ -32,6 +32,9 @@ class Prepare:
     """latin-1: one character, one token. utf-8: one byte, one token."""
     errors: Errors = "replace"
     """A character outside Latin-1 becomes '?', or is refused."""
+    near_duplicates: float | None = None
+    """Leave out files of whose lines, taken together with those of one kept before, both have this share, as
+    0.8. Default: only equal files are left out."""
     overwrite: bool = False
     """Replace a corpus that is already there."""
 
@@ -48,6 +51,7 @@ class Prepare:
                 projects=self.projects,
                 holdout=self.holdout,
                 val_fraction=self.val_fraction,
+                near_duplicates=self.near_duplicates,
                 rules=rules,
                 overwrite=self.overwrite,
                 progress=lambda project, chars: update(chars),
