@@ -1,14 +1,16 @@
-"""Which carry relays in small: keys and values among random letters or real text, on the CPU, from nothing.
+"""Which carry relays in small: keys and values among random letters or real text, from nothing.
 
     python benchmarks/recall_small.py "gated:" "heads:carry_heads=4" --seeds 0 1
     python benchmarks/recall_small.py "gated:" "heads:carry_heads=4" --corpus CORPUS
+    python benchmarks/recall_small.py "c128:carry_heads=4,chunk_size=128" --corpus CORPUS --device cuda \
+        --length 4096 --chars 65536 --pairs 32 --key-chars 2 --value-chars 2
 
 A window of sixteen chunks of 16 holds eight pairs of a key and a value, a character each, and later each key
-again, asked for its value. Between them are random letters, for which the loss does not count, or text of
-CORPUS (train.bin and val.bin), for which it counts 1 and an answer 10. Windows grow from an eighth of the
-length, with as many pairs as fit, to the whole in the first half of the run. A row of JSON for each variant
-and seed: the share of values that are right in fresh whole windows (of val.bin), by the number of hops
-(chance 0.06), and the bits/char of the text between.
+again, asked for its value, unless the options say otherwise. Between them are random letters, for which the
+loss does not count, or text of CORPUS (train.bin and val.bin), for which it counts 1 and an answer 10.
+Windows grow from an eighth of the length, with as many pairs as fit, to the whole in the first half of the
+run. A row of JSON for each variant and seed: the share of the values' characters that are right in fresh
+whole windows (of val.bin), by the number of hops (chance 0.06), and the bits/char of the text between.
 """
 
 from __future__ import annotations
@@ -29,14 +31,15 @@ from torch import Tensor
 
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
+from butterfly_llm.memory import pick_device
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import Optimizers
 from butterfly_llm.routing import hops
 
 Bytes = npt.NDArray[np.uint8]
 
-CHUNK, KINDS = 16, 16  # letters of filler, keys, and values
-FACT, ASKED, VALUE = 208, 224, 240  # the first key in a fact, in a question, the first value
+KINDS = 16  # letters of filler, of keys, and of values
+FACT, ASKED, VALUE = 208, 224, 240  # the first letter of keys in facts, in questions, of values
 ANSWER = 10.0  # what an answer counts in the loss, beside a character of text
 GROWTH = ((0.15, 8), (0.3, 4), (0.5, 2), (1.0, 1))  # until which progress, part of the window
 
@@ -49,43 +52,66 @@ class Windows:
     hops: Tensor  # (B, N), to the fact whose value a character repeats, or -1
     plain: Tensor  # (B, N), whether a character is left of the text
 
+    def to(self, device: torch.device) -> Windows:
+        return Windows(self.text.to(device), self.hops.to(device), self.plain.to(device))
+
+
+@dataclass(frozen=True)
+class Form:
+    """Of keys and values, and the chunks by which hops are counted."""
+
+    key_chars: int
+    value_chars: int
+    chunk_size: int
+
 
 def windows(
-    generator: np.random.Generator, count: int, length: int, pairs: int, source: Bytes | None
+    generator: np.random.Generator, count: int, length: int, pairs: int, source: Bytes | None, form: Form
 ) -> Windows:
     """Random windows of `source`, or of random letters, with pairs planted."""
-    slots = length // 4 - 1
+    item = form.key_chars + form.value_chars
+    slot = max(4, item + 1)
+    slots = length // slot - 1
+    if slots < 2 * pairs or KINDS**form.key_chars < pairs:
+        raise ValueError(f"{pairs} pairs do not fit {length} characters, or have too few keys")
     if source is None:
         text = generator.integers(0, KINDS, (count, length))
     else:
         starts = generator.integers(0, len(source) - length, count)
         text = source[starts[:, None] + np.arange(length)].astype(np.int64)
         text[text >= FACT] = ord("?")
-    places = 4 * np.sort(generator.random((count, slots)).argsort(1)[:, : 2 * pairs], 1)
+    places = slot * np.sort(generator.random((count, slots)).argsort(1)[:, : 2 * pairs], 1)
     mixed = generator.random((count, 2 * pairs)).argsort(1).reshape(count, pairs, 2)
     fact, asked = np.sort(np.take_along_axis(places[:, None], mixed, 2), 2).transpose(2, 0, 1)
-    keys = generator.random((count, KINDS)).argsort(1)[:, :pairs]
-    values = VALUE + generator.integers(0, KINDS, (count, pairs))
+    keys = generator.random((count, KINDS**form.key_chars)).argsort(1)[:, :pairs]
     rows = np.arange(count)[:, None]
-    text[rows, fact], text[rows, fact + 1] = FACT + keys, values
-    text[rows, asked], text[rows, asked + 1] = ASKED + keys, values
-    distance = asked // CHUNK - (fact + 1) // CHUNK  # from the fact to the character that predicts the value
     relays = np.full((count, length), -1)
-    relays[rows, asked + 1] = np.vectorize(hops)(distance)
     plain = np.ones((count, length), dtype=bool)
-    for place in (fact, fact + 1, asked, asked + 1):
-        plain[rows, place] = False
+    for i in range(item):
+        plain[rows, fact + i] = plain[rows, asked + i] = False
+        if i < form.key_chars:
+            letters = keys // KINDS**i % KINDS
+            text[rows, fact + i], text[rows, asked + i] = FACT + letters, ASKED + letters
+        else:
+            text[rows, fact + i] = text[rows, asked + i] = VALUE + generator.integers(
+                0, KINDS, (count, pairs)
+            )
+            # From the fact to the character that predicts this one.
+            distance = (asked + i - 1) // form.chunk_size - (fact + i) // form.chunk_size
+            relays[rows, asked + i] = np.vectorize(hops)(distance)
     return Windows(torch.from_numpy(text), torch.from_numpy(relays), torch.from_numpy(plain))
 
 
 def train(model: Butterfly, options: argparse.Namespace, seed: int, source: Bytes | None) -> None:
     generator = np.random.Generator(np.random.Philox(key=[seed, 0]))
     optimizers = Optimizers(model, TrainConfig(learning_rate=options.rate))
+    device, form = model.embed.weight.device, form_of(model, options)
+    good = torch.tensor(False, device=device)
     for step in range(options.steps):
         done = step / options.steps
         part = 1 if options.whole else next(part for until, part in GROWTH if done < until)
         length, pairs = options.length // part, max(2, options.pairs // part)
-        drawn = windows(generator, options.chars // length, length, pairs, source)
+        drawn = windows(generator, options.chars // length, length, pairs, source, form).to(device)
         weights = ANSWER * (drawn.hops >= 0).float()
         if source is not None:
             weights += drawn.plain.float()
@@ -93,9 +119,13 @@ def train(model: Butterfly, options: argparse.Namespace, seed: int, source: Byte
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         slower = max(0.05, 1 - max(0.0, done - 0.6) / 0.4)
-        optimizers.step(options.rate * min(1.0, (step + 1) / 30) * slower, torch.tensor(False))
+        optimizers.step(options.rate * min(1.0, (step + 1) / 30) * slower, good)
         if step % 100 == 0:
             print(f"  step {step}  window {length}  loss {loss.detach():.3f} nats", flush=True)
+
+
+def form_of(model: Butterfly, options: argparse.Namespace) -> Form:
+    return Form(options.key_chars, options.value_chars, model.config.chunk_size)
 
 
 def recall(
@@ -105,9 +135,10 @@ def recall(
     generator = np.random.Generator(np.random.Philox(key=[12345, 1]))
     outcomes: dict[int, list[bool]] = {}
     nats = []
+    device, form = model.embed.weight.device, form_of(model, options)
     with torch.no_grad():
         for _ in range(12):
-            drawn = windows(generator, 16, options.length, options.pairs, source)
+            drawn = windows(generator, 16, options.length, options.pairs, source, form).to(device)
             logits, targets = model(drawn.text[:, :-1]), drawn.text[:, 1:]
             right, relays = logits.argmax(-1) == targets, drawn.hops[:, 1:]
             for count in sorted(set(relays.flatten().tolist()) - {-1}):
@@ -130,9 +161,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--whole", action="store_true", help="whole windows from the first step on")
     parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--key-chars", type=int, default=1)
+    parser.add_argument("--value-chars", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--rate", type=float, default=4e-3)
     parser.add_argument("--save", type=Path, help="append the rows to this file")
     options = parser.parse_args()
+    device = pick_device(options.device)
     corpus: Path | None = options.corpus
     text, held_out = (
         None if corpus is None else Corpus(corpus / name).data for name in ("train.bin", "val.bin")
@@ -142,14 +177,16 @@ def main() -> None:
         pairs = (change.partition("=") for change in filter(None, rest.split(",")))
         changes = {key: tomllib.loads(f"value = {value}")["value"] for key, _, value in pairs}
         config = ButterflyConfig.preset(
-            "micro", chunk_size=CHUNK, carry_size=32, num_local_layers=1, num_passes=2, num_refine_layers=1,
-            num_levels=(options.length // CHUNK - 1).bit_length(),
-        )  # fmt: skip
-        config = ButterflyConfig.from_dict(config.to_dict() | changes)
+            "micro", chunk_size=16, carry_size=32, num_local_layers=1, num_passes=2, num_refine_layers=1
+        )
+        levels = (options.length // changes.get("chunk_size", config.chunk_size) - 1).bit_length()
+        config = ButterflyConfig.from_dict(config.to_dict() | {"num_levels": levels} | changes)
         for seed in options.seeds:
             print(f"{name}, seed {seed}", flush=True)
             torch.manual_seed(seed)
-            model = Butterfly(config)
+            model = Butterfly(config).to(device)
+            if device.type == "cuda":
+                model.compute_dtype = torch.bfloat16
             begun = time.perf_counter()
             train(model, options, seed, text)
             found, bits = recall(model, options, held_out)
@@ -157,6 +194,7 @@ def main() -> None:
                 "variant": name, "model": changes, "seed": seed, "parameters": model.num_parameters(),
                 "whole": options.whole, "chars": options.steps * options.chars,
                 "length": options.length, "pairs": options.pairs,
+                "key_chars": options.key_chars, "value_chars": options.value_chars, "device": device.type,
                 "by_hops": {count: round(share, 3) for count, (share, _) in found.items()},
                 "asked": {count: asked for count, (_, asked) in found.items()},
                 "bits_per_char": None if corpus is None else round(bits, 4),
