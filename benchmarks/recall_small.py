@@ -188,7 +188,10 @@ def main() -> None:
             if device.type == "cuda":
                 model.compute_dtype = torch.bfloat16
             begun = time.perf_counter()
-            train(model, options, seed, text)
+            try:
+                train(model, options, seed, text)
+            except ValueError as failure:
+                parser.error(str(failure))
             found, bits = recall(model, options, held_out)
             row = {
                 "variant": name, "model": changes, "seed": seed, "parameters": model.num_parameters(),

@@ -34,7 +34,10 @@ def main() -> None:
     arguments.add_argument("--downloads", type=Path, required=True)
     arguments.add_argument("--out", type=Path, required=True)
     options = arguments.parse_args()
-    recipe = read_recipe(options.recipe)
+    try:
+        recipe = read_recipe(options.recipe)
+    except (OSError, ValueError) as failure:
+        arguments.error(f"{options.recipe}: {failure}")
     entries = recipe["project"]
     base = FileRules(exclude_dirs=FOLDERS, max_bytes=12 << 20, max_line=2_000, refuse=refuse)
     projects = []

@@ -31,8 +31,10 @@ def built(
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in ("lse_ptr", "delta_ptr", "table_ptr", "factor_ptr"):
+        if name in ("lse_ptr", "delta_ptr", "table_ptr", "factor_ptr", "bias_out_ptr"):
             return "*fp32"
+        if name == "position_ptr":
+            return "*i64"
         return "*fp16" if name.endswith("_ptr") else "i32"
 
     names = kernel.arg_names
@@ -124,3 +126,20 @@ def test_feed_forward_tiles_fit(which: feed_forward.Pass, capability: int, kilob
     programs = 2 if capability == 90 else 1  # that share a multiprocessor
     assert 0 < programs * (found.metadata.shared + 1024) <= (kilobytes + 1) * 1024
     assert ("wgmma" in found.asm["ptx"]) == (capability == 90)
+
+
+@pytest.mark.parametrize("capability", [75, 90])
+@pytest.mark.parametrize("topology", ["shift", "xor_causal"])
+@pytest.mark.parametrize("size", [16, 48])
+def test_kernels_of_a_carry_with_heads_compile(capability: int, topology: str, size: int) -> None:
+    from butterfly_llm.ops.triton_carry_kernels import merge_rows_gradient_kernel, merge_rows_kernel
+    from butterfly_llm.ops.triton_rows_kernels import merge_heads_kernel
+
+    cut = feed_forward.Tiles(64, 1, 1, num_warps=4, num_stages=3)
+    common = {"HEADS": 4, "CHUNK": 128, "TOPOLOGY": topology}
+    rows = common | {"SIZE": size, "PADDED": 1 << (size - 1).bit_length(), "BLOCK": 64}
+    for kernel in (merge_rows_kernel, merge_rows_gradient_kernel):
+        assert built(kernel, capability, cut, rows).metadata.shared <= 48 * 1024
+    row = 4 * (1 + size)
+    step = common | {"ROW": row, "PADDED": 1 << (row - 1).bit_length()}
+    assert built(merge_heads_kernel, capability, cut, step).metadata.shared <= 48 * 1024

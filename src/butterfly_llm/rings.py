@@ -190,6 +190,7 @@ class QuantisedRing(WindowRing):
     def __init__(self, window: Tensor, stride: int, scores: int = 0) -> None:
         super().__init__(window, stride, 0)
         *lead, _, rows, width = window.shape
+        self.scores = scores
         self.parts_of_row = [scores, width - scores] if scores else [width]
         # stride slots are enough: the chunk in progress is in the window
         self.codes = torch.zeros(*lead, stride, rows, width, dtype=torch.int8, device=window.device)
@@ -208,8 +209,7 @@ class QuantisedRing(WindowRing):
         return {".window": self.window, ".codes": self.codes, ".scale": self.scale}
 
     def clone(self) -> QuantisedRing:
-        scores = self.parts_of_row[0] if len(self.parts_of_row) > 1 else 0
-        ring = QuantisedRing(self.window.clone(), self.stride, scores)
+        ring = QuantisedRing(self.window.clone(), self.stride, self.scores)
         ring.codes.copy_(self.codes)
         ring.scale.copy_(self.scale)
         ring.finished = self.finished

@@ -14,6 +14,15 @@ import triton.language as tl
 
 
 @triton.jit
+def _place(length, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a program: its head, the first element of its sequence, its rows, and which of them there are."""
+    head = tl.program_id(1) % HEADS
+    first = (tl.program_id(1) // HEADS).to(tl.int64) * length * (HEADS * (1 + SIZE))
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return head, first, rows, rows < length
+
+
+@triton.jit
 def _lanes(rows, stride, length, CHUNK: tl.constexpr, TOPOLOGY: tl.constexpr):
     """The rows that `rows` read and those that read them, each with whether there is one."""
     if TOPOLOGY == "shift":
@@ -69,10 +78,7 @@ def merge_rows_kernel(
     TOPOLOGY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out (B, N, W) of scan (B, N, W) and bias (HEADS,): rows of one head and one sequence a program."""
-    head = tl.program_id(1) % HEADS
-    first = (tl.program_id(1) // HEADS).to(tl.int64) * length * (HEADS * (1 + SIZE))
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < length
+    head, first, rows, inside = _place(length, HEADS, SIZE, BLOCK)
     read, exists, _, _ = _lanes(rows, stride, length, CHUNK, TOPOLOGY)
     own, mine = _row(scan_ptr + first, rows, inside, head, HEADS, SIZE, PADDED)
     far, heard = _row(scan_ptr + first, read, inside & exists, head, HEADS, SIZE, PADDED)
@@ -90,10 +96,7 @@ def merge_rows_gradient_kernel(
     TOPOLOGY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out (B, N, W), the gradient of scan, from grad (B, N, W); bias_out: a part of the bias's a program."""
-    head = tl.program_id(1) % HEADS
-    first = (tl.program_id(1) // HEADS).to(tl.int64) * length * (HEADS * (1 + SIZE))
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < length
+    head, first, rows, inside = _place(length, HEADS, SIZE, BLOCK)
     bias = tl.load(bias_ptr + head).to(tl.float32)
     read, exists, reader, is_read = _lanes(rows, stride, length, CHUNK, TOPOLOGY)
     own, mine = _row(scan_ptr + first, rows, inside, head, HEADS, SIZE, PADDED)

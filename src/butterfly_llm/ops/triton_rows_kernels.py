@@ -76,6 +76,22 @@ def rows_kernel(
     tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _ring_rows(
+    ring_ptr, position_ptr, batch, stride_ring, slots, stride,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, TOPOLOGY: tl.constexpr,
+):  # fmt: skip
+    """Where the row of a stream and its partner's lie in the ring of the carry, and whether there is one."""
+    position = tl.load(position_ptr + batch)
+    chunk = position // CHUNK
+    offset = position % CHUNK
+    exists = chunk >= stride if TOPOLOGY == "shift" else (chunk & stride) != 0
+    ring = ring_ptr + batch * stride_ring
+    own = ring + ((chunk % slots) * CHUNK + offset) * WIDTH
+    far = ring + (((chunk + 1) % slots) * CHUNK + offset) * WIDTH
+    return own, far, exists
+
+
 @triton.jit(do_not_specialize=["slots", "stride"])
 def merge_kernel(
     scan_ptr, ring_ptr, position_ptr, w_ptr, bias_ptr, out_ptr, stride_ring, slots, stride,
@@ -84,13 +100,9 @@ def merge_kernel(
     """One level of the scan for a stream: scan goes into the ring, its partner comes out of the next slot."""
     batch = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    position = tl.load(position_ptr + batch)
-    chunk = position // CHUNK
-    offset = position % CHUNK
-    exists = chunk >= stride if TOPOLOGY == "shift" else (chunk & stride) != 0
-    ring = ring_ptr + batch * stride_ring
-    own = ring + ((chunk % slots) * CHUNK + offset) * M
-    far = ring + (((chunk + 1) % slots) * CHUNK + offset) * M
+    own, far, exists = _ring_rows(
+        ring_ptr, position_ptr, batch, stride_ring, slots, stride, M, CHUNK, TOPOLOGY
+    )  # fmt: skip
     k = tl.arange(0, PADDED)
     inside = k < M
     scan = tl.load(scan_ptr + batch * M + k, mask=inside, other=0.0).to(tl.float32)
@@ -113,13 +125,9 @@ def merge_heads_kernel(
 ):  # fmt: skip
     """`merge_kernel` of rows (scores of HEADS, values): each value moves to its partner by the softmax."""
     batch = tl.program_id(0).to(tl.int64)
-    position = tl.load(position_ptr + batch)
-    chunk = position // CHUNK
-    offset = position % CHUNK
-    exists = chunk >= stride if TOPOLOGY == "shift" else (chunk & stride) != 0
-    ring = ring_ptr + batch * stride_ring
-    own = ring + ((chunk % slots) * CHUNK + offset) * ROW
-    far = ring + (((chunk + 1) % slots) * CHUNK + offset) * ROW
+    own, far, exists = _ring_rows(
+        ring_ptr, position_ptr, batch, stride_ring, slots, stride, ROW, CHUNK, TOPOLOGY
+    )  # fmt: skip
     scan = scan_ptr + batch * ROW
     k = tl.arange(0, PADDED)
     inside = k < ROW
