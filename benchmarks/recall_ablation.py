@@ -4,14 +4,20 @@
 
 CORPUS is a folder with train.bin and val.bin. A variant is a name and changed settings: fields of the model,
 or of the run as train.FIELD. Each is trained from nothing on windows of --length characters, into all of
-which facts are planted (`recall.curriculum`), then asked at every number of hops among 15 other facts. A row
-of JSON for each goes to standard output and, with --save, to a file.
+which facts are planted (`curriculum.py`), then asked at every number of hops for a fact alone and for one
+among 15 others, in windows of each of the --ask lengths. A row of JSON for each goes to standard output and,
+with --save, to a file.
+
+    python benchmarks/recall_ablation.py CORPUS --length 65536 --grow 512 --ask 4096 16384 65536 \
+        "heads:carry_heads=8,carry_size=128,train.max_seconds=240"
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import tempfile
 import time
 import tomllib
@@ -38,6 +44,12 @@ def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return name, model, run
 
 
+def growing(first: int, last: int) -> list[tuple[float, int]]:
+    """Stages of a run (until which progress, characters): doubling in equal parts of its first half."""
+    doublings = max(0, math.ceil(math.log2(last / first)))
+    return [(0.5 * (i + 1) / doublings, first << i) for i in range(doublings)] + [(1.0, last)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,8 +58,9 @@ def main() -> None:
     parser.add_argument("variants", nargs="+")
     parser.add_argument("--length", type=int, default=4096, help="characters in a window")
     parser.add_argument(
-        "--grow", action="store_true", help="windows an eighth as long at first, whole from half of the run"
+        "--grow", type=int, metavar="CHARS", help="windows this long at first, whole from half of the run"
     )
+    parser.add_argument("--ask", type=int, nargs="+", help="lengths asked at; default: --length")
     parser.add_argument("--levels", type=int, help="levels in a pass; default: as the length needs")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--steps", type=int, default=1800)
@@ -66,8 +79,7 @@ def main() -> None:
             num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2,
         )  # fmt: skip
         model_config = ButterflyConfig.from_dict(model_config.to_dict() | model_changes)
-        parts = ((0.15, 8), (0.3, 4), (0.5, 2)) if options.grow else ()
-        lengths = [[until, options.length // part] for until, part in parts] + [[1.0, options.length]]
+        lengths = growing(options.grow or options.length, options.length)
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig.from_dict({
                 "corpus": str(options.corpus), "out": out, "steps": options.steps,
@@ -83,19 +95,32 @@ def main() -> None:
                 corpus=Corpus(options.corpus / "train.bin"), val_corpus=Corpus(options.corpus / "val.bin"),
             )  # fmt: skip
         seconds = time.perf_counter() - begun
-        recall = evaluate_recall(
-            result.model,
-            text,
-            length=options.length,
-            windows=options.windows,
-            needles=Needles(distractors=15),
-        )
+        asked = [
+            {"length": length, "distractors": others}
+            | dataclasses.asdict(
+                evaluate_recall(
+                    result.model,
+                    text,
+                    length=length,
+                    windows=options.windows,
+                    needles=Needles(distractors=others),
+                )
+            )
+            for length in options.ask or [options.length]
+            for others in (0, 15)
+        ]
         row = {
             "variant": name, "model": model_changes, "run": run_changes, "length": options.length,
             "parameters": result.model.num_parameters(), "chars": result.chars, "seconds": round(seconds, 1),
             "bits_per_char": round(result.val_bits, 4), "skipped": result.skipped,
-            "by_hops": {hops: round(share, 3) for hops, (share, _) in recall.by_hops.items()},
-            "by_distance": {edge: round(share, 3) for edge, (share, _) in recall.by_distance.items()},
+            "recall": [
+                {key: row[key] for key in ("length", "distractors")}
+                | {
+                    name: {edge: round(share, 3) for edge, (share, _) in row[name].items()}
+                    for name in ("by_hops", "by_distance")
+                }
+                for row in asked
+            ],
             "asked": options.windows, "config": config.to_dict() | {"corpus": options.corpus.name, "out": ""},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "torch": torch.__version__,

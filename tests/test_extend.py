@@ -17,6 +17,7 @@ from conftest import random_model
 SHAPES = {
     "micro": {},
     "extra levels, gated": {"num_extra_levels": 2, "feed_forward": "swiglu"},
+    "gated carry": {"carry_heads": 0},
     "no carry": {"carry_size": 0, "num_refine_layers": 2},
 }
 

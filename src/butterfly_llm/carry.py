@@ -54,7 +54,8 @@ class CarryMerge(nn.Module):
     """One level of the scan over the same lane of the two chunks.
 
     Gated: m + sigmoid(W [m; partner] + 2) * partner. With heads: the mean of both by the softmax of their
-    scores, the partner's lowered by `bias`; the new score is the logarithm of the sum.
+    scores, the partner's lowered by `bias`; the new score is the logarithm of the sum. Either leaves m as it
+    is where there is no partner.
     """
 
     def __init__(self, config: ButterflyConfig) -> None:
@@ -67,7 +68,7 @@ class CarryMerge(nn.Module):
             nn.init.constant_(self.linear.bias, 2.0)
 
     def forward(self, carry: Tensor, partner: Tensor) -> Tensor:
-        """carry and partner (..., M) or (..., G + M) -> the same; a missing partner is zero."""
+        """carry and partner (..., M) or (..., G + M) -> the same. No partner: zeros, scores of -inf."""
         if self.heads:
             own, far = carry[..., : self.heads].float(), partner[..., : self.heads].float() - self.bias
             ours, theirs = (

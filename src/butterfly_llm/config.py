@@ -161,19 +161,19 @@ _MAY_BE_ZERO = frozenset(
 PRESETS: dict[str, ButterflyConfig] = {
     # 53 layers, about 375M parameters and the carry
     "full": ButterflyConfig(
-        hidden_size=768, num_heads=12, num_kv_heads=12, intermediate_size=3072, carry_size=192
+        hidden_size=768, num_heads=12, num_kv_heads=12, intermediate_size=3072, carry_size=192, carry_heads=4
     ),
     # 53 layers, the one that ships trained
-    "small": ButterflyConfig(),
+    "small": ButterflyConfig(carry_heads=4),
     # 11 layers, reaches 16k characters: minutes of training on a laptop
     "tiny": ButterflyConfig(
         hidden_size=128, num_heads=4, num_kv_heads=4, head_dim=32, intermediate_size=512, carry_size=32,
-        num_local_layers=2, num_passes=1, num_levels=7, num_refine_layers=2,
+        carry_heads=4, num_local_layers=2, num_passes=1, num_levels=7, num_refine_layers=2,
     ),
     # 8 layers on chunks of 16, for tests
     "micro": ButterflyConfig(
         hidden_size=64, num_heads=2, num_kv_heads=2, head_dim=32, intermediate_size=192, carry_size=16,
-        num_local_layers=1, num_passes=2, num_levels=3, num_refine_layers=1, chunk_size=16,
+        carry_heads=4, num_local_layers=1, num_passes=2, num_levels=3, num_refine_layers=1, chunk_size=16,
     ),
 }  # fmt: skip
 

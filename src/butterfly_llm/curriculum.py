@@ -19,6 +19,7 @@ ITEM = len("\n#KEY ab=12\n")
 _WORDS = np.frombuffer(b"\n#KEY \n#GET ", dtype=np.uint8).reshape(2, 6)
 _KEYS = 26 * 26
 NEAREST = 256  # characters; the reach at the start of a run
+MOST_PAIRS = 128  # in a window: as many as a chunk of the shipped models has lanes to keep them in
 
 
 def curriculum(
@@ -34,9 +35,9 @@ def curriculum(
     The reach, about how far a question stands from its fact at most, doubles at a steady pace: from 256
     characters at the start of the run to `longest`, its longest window, at progress `full_at`. Half of the
     windows have it, half one that is spread evenly over the powers of two below. A window gets from one pair
-    to one for every 128 characters. In the loss an answer's characters weigh `weight`, the rest of a fact or
-    question 0 (a model should answer, not write needles of its own), all others 1. A window's needles follow
-    from (seed, step, its number in the batch) and the progress alone.
+    to one for every 128 characters, 128 at most. In the loss an answer's characters weigh `weight`, the rest
+    of a fact or question 0 (a model should answer, not write needles of its own), all others 1. A window's
+    needles follow from (seed, step, its number in the batch) and the progress alone.
     """
     if not 0 <= share <= 1 or weight <= 0:
         raise ValueError(f"recall: share {share} must lie from 0 to 1 and weight {weight} above 0")
@@ -52,7 +53,7 @@ def curriculum(
             generator = np.random.Generator(np.random.Philox(key=[seed, step << 32 | (first + row)]))
             if generator.random() < share:
                 near = reach if generator.random() < 0.5 else SLOT * (reach / SLOT) ** generator.random()
-                pairs = int(generator.integers(1, max(1, chars // (2 * SLOT)) + 1))
+                pairs = int(generator.integers(1, min(max(1, chars // (2 * SLOT)), MOST_PAIRS) + 1))
                 plant_pairs(out[row], weights[row], generator, pairs=pairs, reach=near, weight=weight)
         return out, weights
 

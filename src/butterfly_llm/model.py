@@ -312,7 +312,8 @@ class Butterfly(nn.Module):
                 return merge_heads_triton(
                     scan, module.bias, stride=stride, topology=config.routing, chunk_size=config.chunk_size
                 )
-            partner = partner_rows(scan, stride, config.routing, config.chunk_size)
+            heads = config.carry_heads
+            partner = partner_rows(scan, stride, config.routing, config.chunk_size, scores=heads)
             merged = self._merge(module, scan.flatten(0, 1), partner.flatten(0, 1))
             return merged.view(scan.shape)
 
@@ -421,8 +422,14 @@ class Butterfly(nn.Module):
 
         def run_merge(index: int, merge_index: int, scan: Tensor) -> Tensor:
             ring = rings[index][2]
-            stride, topology = self.routes[index].stride, self.config.routing
-            partner = partner_of(scan, ring, position=position, stride=stride, topology=topology)
+            partner = partner_of(
+                scan,
+                ring,
+                position=position,
+                stride=self.routes[index].stride,
+                topology=self.config.routing,
+                scores=self.config.carry_heads,
+            )
             module = cast(CarryMerge, self.merges[merge_index])
             lanes = scan.reshape(-1, scan.shape[-1]), partner.reshape(-1, scan.shape[-1])
             return self._merge(module, *lanes).view(scan.shape)

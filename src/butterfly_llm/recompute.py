@@ -292,7 +292,7 @@ class Load:
             layer -= config.intermediate_size * (1 if self.compiled else 2) + hidden
         if recompute is None:
             return self.fixed_bytes + self.chars * layer * config.num_layers * self.value_bytes
-        slots = min(recompute.slots or config.num_layers, config.num_layers)
+        slots = min(recompute.slots or config.num_layers - recompute.whole, config.num_layers)
         kept = slots * (hidden + carry) + config.num_passes * carry
         # One layer in the backward pass: x, dx, the gradient that came in, q k v y and their gradients.
         working = 3 * hidden + 4 * queries + 4 * keys + 4 * carry + copies

@@ -143,7 +143,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps timed, after two that do not count")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
     parser.add_argument(
-        "--fused-feed-forward", action="store_true", help="with its kernel, which is off by default"
+        "--plain-feed-forward", action="store_true", help="without its kernels, as PyTorch compiles it"
     )
     parser.add_argument("--no-graph", action="store_true", help="launch from the host, no CUDA graph")
 
@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.steps < 1 or not 1 <= min(options.lengths) <= max(options.lengths) <= options.chars:
         raise ValueError("bench train: --steps must be at least 1, --lengths from 1 to --chars")
     config = config_of(options)
-    feed_forward.ENABLED = options.fused_feed_forward
+    feed_forward.ENABLED = not options.plain_feed_forward
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     nominal = next((rate for name, rate in NOMINAL.items() if name in device), None)
     measured = matmul_rate(*(("cpu", torch.float32) if device == "cpu" else ("cuda", torch.bfloat16)))

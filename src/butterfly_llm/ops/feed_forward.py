@@ -4,6 +4,7 @@ The activation relu(u)^2 rides in the epilogue of the product that makes u, and 
 of the product that makes the gradient of relu(u)^2: u, the normalised rows and that gradient never reach
 memory, forward or backward. What is kept for the backward pass is the squares, whose roots are relu(u). The
 products that are left are plain ones, in the hands of PyTorch and, compiled, fused with what is next to them.
+Where no gradient is wanted and rows are narrow, one kernel takes both products and u^2 stays in registers.
 
 Shapes: T rows (characters), d hidden size, F intermediate size.
 """
@@ -23,8 +24,10 @@ from butterfly_llm.ops import triton_attention
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FEWEST_ROWS = 128  # below, launches count and not bytes
 _STEP = 16  # widths are whole multiples of it
+_HOPPER = 200 * 1024  # bytes of shared memory that a block can have
+_WIDEST_WHOLE = 256  # values in a row that one program holds, with its sums
 
-Pass = Literal["forward", "gradient"]
+Pass = Literal["forward", "gradient", "whole"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Tiles:
 
     block_m: int  # rows
     block_n: int  # columns of the product
-    block_k: int  # columns of a that are taken at a time
+    block_k: int  # columns of a that are taken at a time; with "whole" all of them
     num_warps: int
     num_stages: int
     registers: int | None = None  # the most a thread may use; None: what the compiler finds best
@@ -41,22 +44,25 @@ class Tiles:
 
 FORCED_TILES: dict[Pass, Tiles] = {}
 """Overrides the table below, for measurements."""
-ENABLED = False
-"""Models with the backend triton use the kernel. Off until `butterfly bench feed_forward` has measured it."""
+ENABLED = True
+"""Models with the backend triton use the kernels. Off to measure what they gain."""
 
 
 def tiles(which: Pass, dtype: torch.dtype, columns: int, size: int, shared_limit: int) -> Tiles:
     """Tiles for a product of `columns` columns over rows of `size` values, on a card with `shared_limit`
-    bytes of shared memory a block: such that two programs share a multiprocessor and one stores while the
-    other multiplies."""
+    bytes of shared memory a block. Those for Hopper are the best of 14 on an H100 (docs/kernels.md)."""
     if which in FORCED_TILES:
         return FORCED_TILES[which]
     if dtype == torch.float32:  # exact products, without tensor cores
         chosen = Tiles(64, 64, 32, 4, 1)
-    elif shared_limit < 200 * 1024:
+    elif shared_limit < _HOPPER:
         chosen = Tiles(64, 64, 32, 4, 3)
+    elif which == "whole":
+        chosen = Tiles(128, 64, 64, 8, 2)
+    elif which == "gradient":
+        chosen = Tiles(128 if size > 256 else 64, 128, 64, 4, 3)
     else:
-        chosen = Tiles(128, 128, 64, 8, 3)
+        chosen = Tiles(128, 256, 64, 8, 4) if size > 256 else Tiles(128, 128, 64, 8, 3)
     return Tiles(
         chosen.block_m,
         min(chosen.block_n, _power_of_two_in(columns)),
@@ -109,6 +115,38 @@ def _launch(which: Pass, a: Tensor, weight: Tensor, factor: Tensor, hidden: Tens
     return out
 
 
+def _narrow(x: Tensor) -> bool:
+    """Whether one kernel takes both products of rows x (T, d), and pays."""
+    size = x.shape[1]
+    if size > _WIDEST_WHOLE or _power_of_two_in(size) != size:
+        return False
+    return "whole" in FORCED_TILES or (
+        x.dtype != torch.float32 and triton_attention._shared_limit(x.device) >= _HOPPER
+    )
+
+
+@torch.library.custom_op("butterfly::relu2_whole", mutates_args=())
+def _whole(x: Tensor, up: Tensor, down: Tensor, factor: Tensor) -> Tensor:
+    """x + relu(factor (x up^T))^2 down^T: x (T, d), up (F, d), down (d, F), factor (T,) float32 -> (T, d)."""
+    from butterfly_llm.ops.triton_feed_forward_kernels import whole_kernel
+
+    x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
+    (rows, size), inner = x.shape, len(up)
+    out = torch.empty_like(x)
+    cut = tiles("whole", x.dtype, inner, size, triton_attention._shared_limit(x.device))
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        whole_kernel[(-(-rows // cut.block_m),)](
+            x, up, down, factor, out, rows, D=size, F=inner, BLOCK_M=cut.block_m, BLOCK_F=cut.block_n,
+            num_warps=cut.num_warps, num_stages=cut.num_stages,
+        )  # fmt: skip
+    return out
+
+
+@_whole.register_fake
+def _(x: Tensor, up: Tensor, down: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 @torch.library.custom_op("butterfly::relu2_up", mutates_args=())
 def _up(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
     """relu(factor (x weight^T))^2: x (T, d), weight (F, d), factor (T,) float32 -> (T, F)."""
@@ -131,10 +169,15 @@ def _(grad: Tensor, weight: Tensor, factor: Tensor, hidden: Tensor) -> Tensor:
     return grad.new_empty((len(grad), len(weight)))
 
 
+def _factor(x: Tensor, eps: float) -> Tensor:
+    """Of each row in its RMSNorm: (T, d) -> (T,) float32."""
+    return torch.rsqrt(x.float().square().mean(-1) + eps)
+
+
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, up: Tensor, down: Tensor, eps: float) -> Tensor:
-        factor = torch.rsqrt(x.float().square().mean(-1) + eps)
+        factor = _factor(x, eps)
         hidden = _up(x, (up * gain).to(x.dtype), factor)
         ctx.save_for_backward(x, gain, up, down, factor, hidden)
         return torch.addmm(x, hidden, down.to(x.dtype).t())
@@ -164,4 +207,6 @@ def relu2_feed_forward(x: Tensor, gain: Tensor, up: Tensor, down: Tensor, eps: f
     x (T, d); float32 gain (d,), up (F, d), down (d, F) -> (T, d); differentiable once, deterministic.
     Needs what `takes` asks for.
     """
+    if not torch.is_grad_enabled() and _narrow(x):
+        return cast(Tensor, _whole(x, (up * gain).to(x.dtype), down.to(x.dtype), _factor(x, eps)))
     return cast(Tensor, _FeedForward.apply(x, gain, up, down, eps))  # type: ignore[no-untyped-call]

@@ -130,14 +130,17 @@ def _attend(
 
 
 def _partner(scan: Array, rings: Rings, position: int, weights: Weights, stride: int) -> Array:
-    """The carry of the partner's lane (M,), zero where there is none; scan (M,) is put into the ring."""
+    """The carry of the partner's lane (M,), where there is none zeros after scores of -inf; scan (M,) is put
+    into the ring."""
     carries = rings[2]
     assert carries is not None
     chunk, offset = divmod(position, weights.chunk_size)
     slots = carries.shape[0]
     carries[chunk % slots, offset] = scan
     if partner_of(chunk, stride, weights.topology) < 0:
-        return np.zeros_like(scan)
+        nobody = np.zeros_like(scan)
+        nobody[: weights.carry_heads] = -np.inf
+        return nobody
     return cast(Array, carries[(chunk + 1) % slots, offset])
 
 

@@ -271,34 +271,47 @@ def step_attention_each(
     return torch.matmul(weights, v_pair.flatten(2, 3)).view(batch, num_heads, head_dim)
 
 
-def partner_rows(x: Tensor, stride: int, topology: Topology, chunk_size: int) -> Tensor:
-    """x (B, N, M) -> (B, N, M): the same lane of the partner chunk, zero where there is none."""
+def _nobody(x: Tensor, scores: int) -> Tensor:
+    """A row (M,) like those of x (..., M) for a partner that there is not: zeros after scores of -inf."""
+    row = x.new_zeros(x.shape[-1])
+    row[:scores] = float("-inf")
+    return row
+
+
+def partner_rows(x: Tensor, stride: int, topology: Topology, chunk_size: int, *, scores: int = 0) -> Tensor:
+    """x (B, N, M) -> (B, N, M): the same lane of the partner chunk.
+
+    Where there is none: zeros, but -inf for the first `scores` values, which a softmax then leaves out.
+    """
     num_chars = x.shape[1]
     shift = stride * chunk_size
+    nobody = _nobody(x, scores)
     if topology == "shift":
-        if shift >= num_chars:
-            return torch.zeros_like(x)
-        return torch.cat([x.new_zeros(x.shape[0], shift, x.shape[2]), x[:, :-shift]], 1)
+        missing = nobody.expand(len(x), min(shift, num_chars), -1)
+        return torch.cat([missing, x[:, : max(0, num_chars - shift)]], 1)
     position = torch.arange(num_chars, device=x.device)
     chunk = position // chunk_size
     source = ((chunk ^ stride) * chunk_size) + position % chunk_size
     exists = source < (position if topology == "xor_causal" else num_chars)
-    return x[:, torch.where(exists, source, 0)] * exists[:, None].to(x.dtype)
+    return torch.where(exists[:, None], x[:, torch.where(exists, source, 0)], nobody)
 
 
-def partner_rows_prefill(x: Tensor, ring: Ring, *, position: int, stride: int, topology: Topology) -> Tensor:
+def partner_rows_prefill(
+    x: Tensor, ring: Ring, *, position: int, stride: int, topology: Topology, scores: int = 0
+) -> Tensor:
     """`partner_rows` for the characters `position`.. of a causal stream; x is appended to the ring.
 
     x (B, T, M), window of the ring (B, S, L, M) -> (B, T, M).
     """
-    batch, num_chars, width = x.shape
+    batch, num_chars, _ = x.shape
     chunk_size = ring.window.shape[2]
     first_chunk, front = divmod(position, chunk_size)
+    nobody = _nobody(x, scores)
     shift = stride * chunk_size
     start = position - shift  # the partner of the first character; before 0 there is none
     stop = start + min(num_chars, shift)
     missing = min(max(0, -start), stop - start)
-    parts = [x.new_zeros(batch, missing, width)]
+    parts = [nobody.expand(batch, missing, -1)]
     if start + missing < stop:
         chunks = range((start + missing) // chunk_size, -(-stop // chunk_size))
         skipped = start + missing - chunks[0] * chunk_size
@@ -308,7 +321,7 @@ def partner_rows_prefill(x: Tensor, ring: Ring, *, position: int, stride: int, t
     if topology == "xor_causal":
         steps = torch.arange(num_chars, device=x.device)
         reads = ((position + steps) // chunk_size) & stride != 0
-        partner = partner * reads[:, None].to(x.dtype)
+        partner = torch.where(reads[:, None], partner, nobody)
     if front:
         x = torch.cat([ring.read([first_chunk])[:, 0, :front].to(x.dtype), x], 1)
     skipped, newest = last_chunks(x, chunk_size, ring)
@@ -327,18 +340,20 @@ def last_chunks(x: Tensor, chunk_size: int, ring: Ring) -> tuple[int, Tensor]:
     return skipped, x.view(batch, -1, chunk_size, *row)
 
 
-def partner_row_step(x: Tensor, ring: Tensor, *, position: int, stride: int, topology: Topology) -> Tensor:
+def partner_row_step(
+    x: Tensor, ring: Tensor, *, position: int, stride: int, topology: Topology, scores: int = 0
+) -> Tensor:
     """`partner_rows_prefill` for one character: x (B, M) -> (B, M)."""
     slots, chunk_size = ring.shape[1:3]
     chunk, offset = divmod(position, chunk_size)
     ring[:, chunk % slots, offset] = x
     if partner_of(chunk, stride, topology) < 0:
-        return torch.zeros_like(x)
+        return _nobody(x, scores).expand_as(x)
     return ring[:, (chunk + 1) % slots, offset].to(x.dtype)
 
 
 def partner_row_step_each(
-    x: Tensor, ring: Tensor, *, position: Tensor, stride: int, topology: Topology
+    x: Tensor, ring: Tensor, *, position: Tensor, stride: int, topology: Topology, scores: int = 0
 ) -> Tensor:
     """`partner_row_step` for streams that stand at positions of their own: position (B,) int64."""
     slots, chunk_size = ring.shape[1:3]
@@ -346,4 +361,4 @@ def partner_row_step_each(
     chunk, offset = position // chunk_size, position % chunk_size
     ring[row, chunk % slots, offset] = x.to(ring.dtype)
     partner = ring[row, (chunk + 1) % slots, offset].to(x.dtype)
-    return torch.where(_has_partner(chunk, stride, topology)[:, None], partner, 0)
+    return torch.where(_has_partner(chunk, stride, topology)[:, None], partner, _nobody(x, scores))

@@ -82,7 +82,7 @@ def merge_rows_kernel(
     read, exists, _, _ = _lanes(rows, stride, length, CHUNK, TOPOLOGY)
     own, mine = _row(scan_ptr + first, rows, inside, head, HEADS, SIZE, PADDED)
     far, heard = _row(scan_ptr + first, read, inside & exists, head, HEADS, SIZE, PADDED)
-    far -= tl.load(bias_ptr + head).to(tl.float32)
+    far = tl.where(exists, far - tl.load(bias_ptr + head).to(tl.float32), float("-inf"))
     share = 1.0 / (1.0 + tl.exp(own - far))
     both = tl.maximum(own, far) + tl.log(1.0 + tl.exp(-tl.abs(own - far)))
     merged = mine + share[:, None] * (heard - mine)
@@ -102,8 +102,9 @@ def merge_rows_gradient_kernel(
     own, mine = _row(scan_ptr + first, rows, inside, head, HEADS, SIZE, PADDED)
 
     far, heard = _row(scan_ptr + first, read, inside & exists, head, HEADS, SIZE, PADDED)
+    far = tl.where(exists, far - bias, float("-inf"))
     grad_score, grad_values = _row(grad_ptr + first, rows, inside, head, HEADS, SIZE, PADDED)
-    d_own, d_mine, d_far, _ = _terms(own, mine, far - bias, heard, grad_score, grad_values)
+    d_own, d_mine, d_far, _ = _terms(own, mine, far, heard, grad_score, grad_values)
     place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(bias_out_ptr + place, -tl.sum(d_far, 0))
 

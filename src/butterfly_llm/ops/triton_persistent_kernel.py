@@ -82,7 +82,7 @@ def _merge_heads(
         at = HEADS + head * SIZE + tl.minimum(k, SIZE - 1)
         zeros = tl.zeros((padded(SIZE),), tl.int32)
         heard = tl.load(far_ptr + at, mask=inside & exists, other=0.0).to(tl.float32)
-        other = tl.load(far_ptr + head + zeros, mask=inside & exists, other=0.0).to(tl.float32)
+        other = tl.load(far_ptr + head + zeros, mask=exists, other=float("-inf")).to(tl.float32)
         other -= tl.load(bias_ptr + head)
         value, score = wait_for((scan_ptr + at, scan_ptr + head + zeros), padded(SIZE), THREADS, WAIT, PAUSE)
         tl.store(own_ptr + at, value.to(own_ptr.dtype.element_ty), mask=inside)

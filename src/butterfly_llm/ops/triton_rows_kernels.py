@@ -136,7 +136,7 @@ def merge_heads_kernel(
     value = mine.to(tl.float32)
     heard = tl.load(far + k, mask=inside & exists, other=0.0).to(tl.float32)
     score = tl.load(scan + head, mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(far + head, mask=inside & exists, other=0.0).to(tl.float32)
+    other = tl.load(far + head, mask=inside & exists, other=float("-inf")).to(tl.float32)
     other -= tl.load(bias_ptr + head, mask=inside, other=0.0).to(tl.float32)
     share = 1.0 / (1.0 + tl.exp(score - other))
     both = tl.maximum(score, other) + tl.log(1.0 + tl.exp(-tl.abs(score - other)))
