@@ -101,6 +101,16 @@ def launched_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launched
 
 
+@kernels
+def test_without_gradients_rows_of_other_widths_take_two(launched_passes: list[str]) -> None:
+    x, *weights, _ = make(63, 48, 80, torch.float16)
+    with torch.no_grad():
+        found = relu2_feed_forward(x.half(), *weights, EPS)
+    wanted = plain(x.double(), *(z.double() for z in weights), EPS)
+    assert launched_passes == ["forward"]
+    assert chunk_error(found[None], wanted[None], 16) < TOLERANCE[torch.float16]
+
+
 def finish(layer: Layer, backend: str, rows: int, half: object = Layer._finish) -> list[Tensor]:
     """The half of a layer behind the attention: result, gradients of both inputs and of all parameters."""
     generator = torch.Generator().manual_seed(2)

@@ -115,25 +115,22 @@ def _launch(which: Pass, a: Tensor, weight: Tensor, factor: Tensor, hidden: Tens
     return out
 
 
-def _narrow(x: Tensor) -> bool:
-    """Whether one kernel takes both products of rows x (T, d), and pays."""
-    size = x.shape[1]
-    if size > _WIDEST_WHOLE or _power_of_two_in(size) != size:
-        return False
-    return "whole" in FORCED_TILES or (
-        x.dtype != torch.float32 and triton_attention._shared_limit(x.device) >= _HOPPER
-    )
-
-
 @torch.library.custom_op("butterfly::relu2_whole", mutates_args=())
 def _whole(x: Tensor, up: Tensor, down: Tensor, factor: Tensor) -> Tensor:
-    """x + relu(factor (x up^T))^2 down^T: x (T, d), up (F, d), down (d, F), factor (T,) float32 -> (T, d)."""
+    """x + relu(factor (x up^T))^2 down^T: x (T, d), up (F, d), down (d, F), factor (T,) float32 -> (T, d).
+
+    In one kernel where rows are narrow and shared memory holds what it needs.
+    """
     from butterfly_llm.ops.triton_feed_forward_kernels import whole_kernel
 
     x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
     (rows, size), inner = x.shape, len(up)
+    limit = triton_attention._shared_limit(x.device)
+    fits = "whole" in FORCED_TILES or (x.dtype != torch.float32 and limit >= _HOPPER)
+    if size > _WIDEST_WHOLE or _power_of_two_in(size) != size or not fits:
+        return torch.addmm(x, _launch("forward", x, up, factor, None), down.t())
     out = torch.empty_like(x)
-    cut = tiles("whole", x.dtype, inner, size, triton_attention._shared_limit(x.device))
+    cut = tiles("whole", x.dtype, inner, size, limit)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         whole_kernel[(-(-rows // cut.block_m),)](
             x, up, down, factor, out, rows, D=size, F=inner, BLOCK_M=cut.block_m, BLOCK_F=cut.block_n,
@@ -207,6 +204,6 @@ def relu2_feed_forward(x: Tensor, gain: Tensor, up: Tensor, down: Tensor, eps: f
     x (T, d); float32 gain (d,), up (F, d), down (d, F) -> (T, d); differentiable once, deterministic.
     Needs what `takes` asks for.
     """
-    if not torch.is_grad_enabled() and _narrow(x):
+    if not torch.is_grad_enabled():
         return cast(Tensor, _whole(x, (up * gain).to(x.dtype), down.to(x.dtype), _factor(x, eps)))
     return cast(Tensor, _FeedForward.apply(x, gain, up, down, eps))  # type: ignore[no-untyped-call]
