@@ -9,7 +9,7 @@ among 15 others, in windows of each of the --ask lengths. A row of JSON for each
 with --save, to a file.
 
     python benchmarks/recall_ablation.py CORPUS --length 65536 --grow 512 --ask 4096 16384 65536 \
-        "heads:carry_heads=8,carry_size=128,train.max_seconds=240"
+        --steps 4000 "heads:carry_heads=8,carry_size=128,train.recall_weight=20,train.export='runs/heads'"
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
+from butterfly_llm.model import Butterfly
 from butterfly_llm.recall import Needles, evaluate_recall
 from butterfly_llm.train import train
 
@@ -95,11 +96,15 @@ def main() -> None:
                 corpus=Corpus(options.corpus / "train.bin"), val_corpus=Corpus(options.corpus / "val.bin"),
             )  # fmt: skip
         seconds = time.perf_counter() - begun
+        # Without the compiled layers of the run, which would be compiled again for every length.
+        model = Butterfly(model_config).to(result.model.embed.weight.device)
+        model.load_state_dict(result.model.state_dict())
+        model.compute_dtype = result.model.compute_dtype
         asked = [
             {"length": length, "distractors": others}
             | dataclasses.asdict(
                 evaluate_recall(
-                    result.model,
+                    model,
                     text,
                     length=length,
                     windows=options.windows,
@@ -111,7 +116,7 @@ def main() -> None:
         ]
         row = {
             "variant": name, "model": model_changes, "run": run_changes, "length": options.length,
-            "parameters": result.model.num_parameters(), "chars": result.chars, "seconds": round(seconds, 1),
+            "parameters": model.num_parameters(), "chars": result.chars, "seconds": round(seconds, 1),
             "bits_per_char": round(result.val_bits, 4), "skipped": result.skipped,
             "recall": [
                 {key: row[key] for key in ("length", "distractors")}

@@ -327,7 +327,7 @@ def test_info_describes_machine_presets_and_checkpoints(run, model, checkpoint):
         assert described["parameters"] == model.num_parameters()
         assert described["reach_chars"] == 128
         assert described["state_bytes_float32"] == model.new_cache().nbytes
-        assert described["feed_forward"] == "compiled, the fused kernel is off"
+        assert described["feed_forward"] == "fused with triton"
 
 
 @pytest.mark.parametrize("options", [["--help"], ["-h"], []])

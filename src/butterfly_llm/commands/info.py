@@ -72,7 +72,7 @@ def _describe(config: ButterflyConfig) -> dict[str, Any]:
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "parameters": parameters,
-        "feed_forward": reason_against(config) or "fused",
+        "feed_forward": reason_against(config) or "fused with triton",
         "reach_chars": config.reach_chars,
         "state_bytes_float32": cache_nbytes(config, 1, torch.float32) if config.causal else None,
         "config": config.to_dict(),
