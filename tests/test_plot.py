@@ -16,6 +16,7 @@ from butterfly_llm.ops.reference import butterfly_attention_reference
 from butterfly_llm.plot.attention import attention_map, plot_attention
 from butterfly_llm.plot.kernels import plot_kernels
 from butterfly_llm.plot.peers import plot_peers, plot_twins
+from butterfly_llm.plot.recall import plot_recall
 from butterfly_llm.plot.results import (
     _read_metrics,
     _read_rows,
@@ -159,6 +160,26 @@ def test_evaluations_that_are_none_are_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"eval\.json: not the output of butterfly eval --json"):
         plot_context([path], tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_recall_figure_takes_every_form_of_rows(tmp_path, labels):
+    one, rows = tmp_path / "one.json", tmp_path / "rows.jsonl"
+    one.write_text(json.dumps({"length": 512, "by_hops": {"0": [1.0, 8], "1": [0.5, 8]}}))
+    many = [{"length": n, "distractors": 15, "by_hops": {"0": 1, "2": 0.25}} for n in (4096, 65536)]
+    lines = [{"variant": "small", "by_hops": {"0": 0.75}}, {"variant": "long", "recall": many}]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plot_recall([one, rows], tmp_path / "recall.png")
+    wanted = {"one", "small", "long, 4,096 with 15 others", "long, 65,536 with 15 others", "share right"}
+    assert wanted <= set(labels) and (tmp_path / "recall.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("text", ["", "x", '{"by_hops": {}}', '{"by_hops": {"one": 1}}', '{"recall": [{}]}'])
+def test_recall_of_nothing_is_refused(tmp_path, text):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"rows\.jsonl: not rows of recall by hops"):
+        plot_recall([path], tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 
 

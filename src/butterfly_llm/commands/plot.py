@@ -16,16 +16,21 @@ class Plot:
     """Draw a figure as PNG or SVG: of the routing, of a run, of measurements, of attention."""
 
     figure: tyro.conf.Positional[
-        Literal["routing", "reach", "loss", "context", "scaling", "peers", "twins", "kernels", "attention"]
-    ]
+        Literal[
+            "routing", "reach", "loss", "context", "recall", "scaling", "peers", "twins", "kernels",
+            "attention",
+        ]
+    ]  # fmt: skip
     """routing: who hears whom; reach: pairs connected by depth; loss: a training run; context: bits by
-    position; scaling: speed and memory by length; peers: the same beside other architectures; twins: what
-    other architectures learn; kernels: attention against the floor; attention: where a layer looks."""
+    position; recall: facts found again, by hops; scaling: speed and memory by length; peers: the same
+    beside other architectures; twins: what other architectures learn; kernels: attention against the floor;
+    attention: where a layer looks."""
     out: Path
     """The file to write, .png or .svg."""
     sources: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """loss: the metrics.jsonl of a run; context: outputs of butterfly eval --json; scaling, peers, twins,
-    kernels: outputs of butterfly bench; attention: a text, or this package's source if none is given."""
+    """loss: the metrics.jsonl of a run; context: outputs of butterfly eval --json; recall: of
+    butterfly eval recall --json, or rows of the recall benchmarks; scaling, peers, twins, kernels: outputs of
+    butterfly bench; attention: a text, or this package's source if none is given."""
     layer: int = 24
     """attention: which layer, counted from 0."""
     head: int | None = None
@@ -38,7 +43,7 @@ class Plot:
     """attention: where to run; auto takes a GPU where there is one."""
 
     def run(self) -> None:
-        from butterfly_llm.plot import kernels, peers, results, routing
+        from butterfly_llm.plot import kernels, peers, recall, results, routing
 
         if self.figure == "routing":
             routing.plot_routing(self.out)
@@ -50,6 +55,7 @@ class Plot:
             what = {
                 "loss": "which run? give its metrics.jsonl",
                 "context": "of what? give outputs of butterfly eval --json",
+                "recall": "of what? give outputs of butterfly eval recall --json",
                 "scaling": "of what? give outputs of butterfly bench",
                 "peers": "of what? give outputs of butterfly bench peers",
                 "twins": "of what? give the output of butterfly bench twins",
@@ -58,6 +64,8 @@ class Plot:
             raise ValueError(f"plot {self.figure}: {what[self.figure]}")
         elif self.figure == "context":
             results.plot_context(self.sources, self.out)
+        elif self.figure == "recall":
+            recall.plot_recall(self.sources, self.out)
         elif self.figure == "scaling":
             results.plot_scaling(self.sources, self.out)
         elif self.figure == "peers":
