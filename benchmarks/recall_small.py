@@ -22,6 +22,7 @@ import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,10 +51,11 @@ class Windows:
 
     text: Tensor
     hops: Tensor  # (B, N), to the fact whose value a character repeats, or -1
+    shared: Tensor  # (B, N), whether the value of another fact before it lies in the same lane as that fact's
     plain: Tensor  # (B, N), whether a character is left of the text
 
     def to(self, device: torch.device) -> Windows:
-        return Windows(self.text.to(device), self.hops.to(device), self.plain.to(device))
+        return Windows(*(x.to(device) for x in (self.text, self.hops, self.shared, self.plain)))
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def windows(
     keys = generator.random((count, KINDS**form.key_chars)).argsort(1)[:, :pairs]
     rows = np.arange(count)[:, None]
     relays = np.full((count, length), -1)
+    shared = np.zeros((count, length), dtype=bool)
+    lanes = (fact[:, :, None] + np.arange(form.key_chars, item)) % form.chunk_size  # (B, pairs, value)
     plain = np.ones((count, length), dtype=bool)
     for i in range(item):
         plain[rows, fact + i] = plain[rows, asked + i] = False
@@ -99,7 +103,10 @@ def windows(
             # From the fact to the character that predicts this one.
             distance = (asked + i - 1) // form.chunk_size - (fact + i) // form.chunk_size
             relays[rows, asked + i] = np.vectorize(hops)(distance)
-    return Windows(torch.from_numpy(text), torch.from_numpy(relays), torch.from_numpy(plain))
+            same = (lanes[:, None] == lanes[:, :, None, None, i - form.key_chars]).any(3)  # (B, pairs, pairs)
+            before = fact[:, None] < asked[:, :, None]
+            shared[rows, asked + i] = (same & before).sum(2) > 1
+    return Windows(*map(torch.from_numpy, (text, relays, shared, plain)))
 
 
 def train(model: Butterfly, options: argparse.Namespace, seed: int, source: Bytes | None) -> None:
@@ -128,12 +135,17 @@ def form_of(model: Butterfly, options: argparse.Namespace) -> Form:
     return Form(options.key_chars, options.value_chars, model.config.chunk_size)
 
 
+Shares = dict[Any, tuple[float, int]]
+
+
 def recall(
     model: Butterfly, options: argparse.Namespace, source: Bytes | None
-) -> tuple[dict[int, tuple[float, int]], float]:
-    """Share right and number asked, by hops; bits/char of what is not planted."""
+) -> tuple[Shares, Shares, float]:
+    """Share right and number asked, by hops, and over one hop or more by whether a fact is alone in its lane;
+    bits/char of what is not planted."""
     generator = np.random.Generator(np.random.Philox(key=[12345, 1]))
     outcomes: dict[int, list[bool]] = {}
+    lanes: dict[str, list[bool]] = {}
     nats = []
     device, form = model.embed.weight.device, form_of(model, options)
     with torch.no_grad():
@@ -143,10 +155,15 @@ def recall(
             right, relays = logits.argmax(-1) == targets, drawn.hops[:, 1:]
             for count in sorted(set(relays.flatten().tolist()) - {-1}):
                 outcomes.setdefault(count, []).extend(right[relays == count].tolist())
+            for name, those in (("alone", ~drawn.shared[:, 1:]), ("shared", drawn.shared[:, 1:])):
+                lanes.setdefault(name, []).extend(right[(relays > 0) & those].tolist())
             plain = drawn.plain[:, 1:]
             nats.append(F.cross_entropy(logits[plain], targets[plain]).item())
-    shares = {count: (sum(each) / len(each), len(each)) for count, each in sorted(outcomes.items())}
-    return shares, sum(nats) / len(nats) / math.log(2)
+    return _shares(outcomes), _shares(lanes), sum(nats) / len(nats) / math.log(2)
+
+
+def _shares(outcomes: dict[Any, list[bool]]) -> Shares:
+    return {name: (sum(each) / len(each), len(each)) for name, each in sorted(outcomes.items()) if each}
 
 
 def main() -> None:
@@ -192,7 +209,7 @@ def main() -> None:
                 train(model, options, seed, text)
             except ValueError as failure:
                 parser.error(str(failure))
-            found, bits = recall(model, options, held_out)
+            found, lanes, bits = recall(model, options, held_out)
             row = {
                 "variant": name, "model": changes, "seed": seed, "parameters": model.num_parameters(),
                 "whole": options.whole, "chars": options.steps * options.chars,
@@ -200,6 +217,7 @@ def main() -> None:
                 "key_chars": options.key_chars, "value_chars": options.value_chars, "device": device.type,
                 "by_hops": {count: round(share, 3) for count, (share, _) in found.items()},
                 "asked": {count: asked for count, (_, asked) in found.items()},
+                "by_lane": {name: (round(share, 3), asked) for name, (share, asked) in lanes.items()},
                 "bits_per_char": None if corpus is None else round(bits, 4),
                 "seconds": round(time.perf_counter() - begun, 1), "torch": torch.__version__,
             }  # fmt: skip

@@ -32,7 +32,8 @@ def test_questions_repeat_facts(small: ModuleType, keys: int, values: int, chunk
     source = np.frombuffer(bytes(range(256)) * 8, dtype=np.uint8) if real else None
     generator = np.random.Generator(np.random.Philox(key=[1, 0]))
     drawn = small.windows(generator, 20, 512, 6, source, small.Form(keys, values, chunk))
-    for text, relays, plain in zip(drawn.text.numpy(), drawn.hops.numpy(), drawn.plain.numpy(), strict=True):
+    drawn_arrays = (x.numpy() for x in (drawn.text, drawn.hops, drawn.shared, drawn.plain))
+    for text, relays, shared, plain in zip(*drawn_arrays, strict=True):
 
         def starts(first: int, text: np.ndarray = text) -> list[int]:
             letter = (text >= first) & (text < first + 16)
@@ -42,13 +43,18 @@ def test_questions_repeat_facts(small: ModuleType, keys: int, values: int, chunk
         asked = starts(small.ASKED)
         assert len(facts) == len(asked) == 6
         found = np.full(512, -1)
+        meets = np.zeros(512, dtype=bool)
         for question in asked:
             fact = facts[tuple(text[question : question + keys] - small.ASKED)]
             assert fact < question
             for i in range(keys, keys + values):
                 assert text[question + i] == text[fact + i] >= small.VALUE
                 found[question + i] = hops((question + i - 1) // chunk - (fact + i) // chunk)
-        assert (relays == found).all()
+                others = (
+                    f + j for f in facts.values() if fact != f < question for j in range(keys, keys + values)
+                )
+                meets[question + i] = any((place - fact - i) % chunk == 0 for place in others)
+        assert (relays == found).all() and (shared == meets).all() and meets.any()
         assert (~plain).sum() == 12 * (keys + values)
         assert (text[plain] < small.FACT).all()
 
@@ -69,3 +75,5 @@ def test_a_run_ends_in_a_row(
     assert row["variant"] == "heads" and row["key_chars"] == 2 and row["bits_per_char"] is None
     assert sum(row["asked"].values()) == 12 * 16 * 4
     assert all(0 <= share <= 1 for share in row["by_hops"].values())
+    far = sum(asked for count, asked in row["asked"].items() if count != "0")
+    assert sum(asked for _, asked in row["by_lane"].values()) == far

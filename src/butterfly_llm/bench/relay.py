@@ -1,6 +1,6 @@
 """Who relays: models of six layers trained from nothing to carry one letter over chunks, on the CPU.
 
-    butterfly bench relay                       # five networks, about six minutes of one core
+    butterfly bench relay                       # six networks, about seven minutes of one core
     butterfly bench relay shift "masked xor"
 
 Random letters with one `#x`; at the end of the window stands `#`, and the answer is x (`tasks.induction`).
@@ -31,6 +31,7 @@ CHUNK, CHUNKS = 16, 9
 LENGTH = CHUNK * CHUNKS
 NETWORKS: dict[str, dict[str, Any]] = {
     "shift": {},
+    "shift, gated carry": {"carry_heads": 0},
     "shift, no carry": {"carry_size": 0},
     "masked xor": {"routing": "xor_causal"},
     "masked xor, no carry": {"routing": "xor_causal", "carry_size": 0},
