@@ -54,9 +54,10 @@ def test_questions_repeat_facts(small: ModuleType, keys: int, values: int, chunk
                     f + j for f in facts.values() if fact != f < question for j in range(keys, keys + values)
                 )
                 meets[question + i] = any((place - fact - i) % chunk == 0 for place in others)
-        assert (relays == found).all() and (shared == meets).all() and meets.any()
+        assert (relays == found).all() and (shared == meets).all()
         assert (~plain).sum() == 12 * (keys + values)
         assert (text[plain] < small.FACT).all()
+    assert drawn.shared.any() or chunk == 128  # lanes of facts are multiples of five apart there
 
 
 def test_what_does_not_fit_is_refused(small: ModuleType) -> None:
