@@ -15,7 +15,7 @@ CHANCE = 1 / 16
 
 @pytest.mark.slow
 def test_the_default_architecture_relays_over_every_distance() -> None:
-    shares = accuracy(train(network("shift"), 500))
+    shares = accuracy(train(network("shift"), 700))
     assert min(shares[d] for d in (3, 5, 6, 7)) > 0.8, shares  # two and three hops
     assert min(shares) > 0.8, shares
 
