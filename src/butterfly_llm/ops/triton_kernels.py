@@ -103,6 +103,18 @@ def _joined(x1, x2, D: tl.constexpr):
 
 
 @triton.jit
+def _read_turned(
+    q_ptr, stride_n, rows, left, table_ptr, side, D: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """`_read` of queries, turned further."""
+    HALF: tl.constexpr = D // 2
+    q1 = _read(q_ptr, stride_n, rows, left, HALF, WHOLE)
+    q2 = _read(q_ptr + HALF, stride_n, rows, left, HALF, WHOLE)
+    y1, y2 = _further(q1, q2, table_ptr, side, HALF)
+    return _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+
+
+@triton.jit
 def _visit(q, k, v, seen, acc, top, total, SCALE: tl.constexpr, MASK: tl.constexpr):
     """One block of keys into the running softmax."""
     s = _dot(q, tl.trans(k))
@@ -130,7 +142,6 @@ def forward_kernel(
     SCALE includes log2(e); WHOLE: CHUNK divides N. STREAM: the sequence is the slice of a stream that begins
     with chunk `first`; chunk p before it lies in slot (p + turn) mod `slots` of the rings (B, K, S, L, D).
     """
-    HALF: tl.constexpr = D // 2
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
     BOUNDED: tl.constexpr = MUTUAL and not WHOLE
     c, block, head, batch = _place(turns, step, HEADS, CHUNK // BLOCK_M)
@@ -157,16 +168,13 @@ def forward_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
-    q1 = _read(q_c, stride_qn, i, left, HALF, WHOLE)
-    q2 = _read(q_c + HALF, stride_qn, i, left, HALF, WHOLE)
-    y1, y2 = _further(q1, q2, table_ptr, tl.where(p < c, 1.0, -1.0), HALF)
-    turned = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+    turned = _read_turned(q_c, stride_qn, i, left, table_ptr, tl.where(p < c, 1.0, -1.0), D, WHOLE)
     if STREAM:
         in_ring = batch.to(tl.int64) * stride_rb + kv_head.to(tl.int64) * stride_rh
         in_ring += slot.to(tl.int64) * (CHUNK * D)
         for t in tl.range(0, tl.where(exists & (p < 0), CHUNK, 0), BLOCK_N, num_stages=STAGES):
-            k = _read(ring_k_ptr + in_ring, D, t + j, CHUNK, D, True).to(q1.dtype)
-            v = _read(ring_v_ptr + in_ring, D, t + j, CHUNK, D, True).to(q1.dtype)
+            k = _read(ring_k_ptr + in_ring, D, t + j, CHUNK, D, True).to(turned.dtype)
+            v = _read(ring_v_ptr + in_ring, D, t + j, CHUNK, D, True).to(turned.dtype)
             acc, top, total = _visit(turned, k, v, True, acc, top, total, SCALE, False)
     p_left = length - p * CHUNK
     for t in tl.range(0, tl.where(here, CHUNK, 0), BLOCK_N, num_stages=STAGES):
@@ -191,9 +199,11 @@ def forward_kernel(
 
 
 @triton.jit
-def _halves(x, D: tl.constexpr):
-    """(rows, D) to its two halves (rows, D / 2)."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, D // 2)), (0, 2, 1)))
+def _turned_back(dq, table_ptr, side, D: tl.constexpr):
+    """The gradient of queries from that of turned ones."""
+    x1, x2 = tl.split(tl.permute(tl.reshape(dq, (dq.shape[0], 2, D // 2)), (0, 2, 1)))
+    x1, x2 = _further(x1, x2, table_ptr, -side, D // 2)
+    return _joined(x1, x2, D)
 
 
 @triton.jit
@@ -216,7 +226,6 @@ def query_gradient_kernel(
     TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq (B, N, H, D) and delta = rowsum(do * o) (B, H, N): one program per (query block, head, batch)."""
-    HALF: tl.constexpr = D // 2
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
     BOUNDED: tl.constexpr = MUTUAL and not WHOLE
     c, block, head, batch = _place(turns, step, HEADS, CHUNK // BLOCK_M)
@@ -243,10 +252,7 @@ def query_gradient_kernel(
 
     side = tl.where(p < c, 1.0, -1.0)
     p_left = length - p * CHUNK
-    q1 = _read(q_c, stride_qn, i, left, HALF, WHOLE)
-    q2 = _read(q_c + HALF, stride_qn, i, left, HALF, WHOLE)
-    y1, y2 = _further(q1, q2, table_ptr, side, HALF)
-    turned = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+    turned = _read_turned(q_c, stride_qn, i, left, table_ptr, side, D, WHOLE)
     dq = tl.zeros([BLOCK_M, D], tl.float32)
     for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_N, num_stages=STAGES):
         k = _read(k_p, stride_kn, t + j, p_left, D, not BOUNDED)
@@ -254,9 +260,7 @@ def query_gradient_kernel(
         seen = (t + j)[None, :] < p_left
         ds = _score_gradient(turned, k, v, do, lse, delta, seen, SCALE, BOUNDED)
         dq = _dot_add(ds, k, dq)
-    y1, y2 = _halves(dq, D)
-    y1, y2 = _further(y1, y2, table_ptr, -side, HALF)
-    dq = _joined(y1, y2, D)
+    dq = _turned_back(dq, table_ptr, side, D)
 
     q = _read(q_c, stride_qn, i, left, D, WHOLE)
     own_keys = CHUNK if MUTUAL else tl.cdiv((block + 1) * BLOCK_M, BLOCK_N) * BLOCK_N
@@ -273,13 +277,13 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_side(k, v, q, do, lse, delta, seen, dk, dv, SCALE: tl.constexpr, MASK: tl.constexpr):
-    """Keys by queries: what one block adds to dk and dv."""
+    """Keys by queries: dk and dv with what one block adds, and the gradient of its scores."""
     w = tl.exp2(_dot(k, tl.trans(q)) * SCALE - lse[None, :])
     if MASK:
         w = tl.where(seen, w, 0.0)
     dv = _dot_add(w.to(do.dtype), do, dv)
     ds = (w * (_dot(v, tl.trans(do)) - delta[None, :])).to(q.dtype)
-    return _dot_add(ds, q, dk), dv
+    return _dot_add(ds, q, dk), dv, ds
 
 
 @triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step"])
@@ -296,7 +300,6 @@ def key_gradient_kernel(
 
     Queries past the end are zeros, with zero do and delta: they add nothing. Keys past it are not stored.
     """
-    HALF: tl.constexpr = D // 2
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
     KV_HEADS: tl.constexpr = HEADS // GROUP
     c, block, kv_head, batch = _place(turns, step, KV_HEADS, CHUNK // BLOCK_N)
@@ -322,14 +325,12 @@ def key_gradient_kernel(
         first = (batch.to(tl.int64) * HEADS + head) * length
         for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_M, num_stages=STAGES):
             i = t + tl.arange(0, BLOCK_M)
-            q1 = _read(q_r, stride_qn, i, r_left, HALF, WHOLE)
-            q2 = _read(q_r + HALF, stride_qn, i, r_left, HALF, WHOLE)
-            y1, y2 = _further(q1, q2, table_ptr, tl.where(r > c, 1.0, -1.0), HALF)
-            q = _joined(y1.to(q1.dtype), y2.to(q1.dtype), D)
+            side = tl.where(r > c, 1.0, -1.0)
+            q = _read_turned(q_r, stride_qn, i, r_left, table_ptr, side, D, WHOLE)
             do = _read(do_r, stride_gn, i, r_left, D, WHOLE)
             lse = tl.load(lse_ptr + first + r * CHUNK + i, mask=i < r_left, other=0.0)
             delta = tl.load(delta_ptr + first + r * CHUNK + i, mask=i < r_left, other=0.0)
-            dk, dv = _key_side(k, v, q, do, lse, delta, True, dk, dv, SCALE, False)
+            dk, dv, _ = _key_side(k, v, q, do, lse, delta, True, dk, dv, SCALE, False)
         q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
         do_c = _chunk_pointer(do_ptr, batch, head, c, stride_gb, stride_gn, stride_gh, CHUNK)
         for t in tl.range(begin, CHUNK, BLOCK_M, num_stages=STAGES):
@@ -339,7 +340,7 @@ def key_gradient_kernel(
             lse = tl.load(lse_ptr + first + c * CHUNK + i, mask=i < left, other=0.0)
             delta = tl.load(delta_ptr + first + c * CHUNK + i, mask=i < left, other=0.0)
             seen = i[None, :] >= j[:, None]
-            dk, dv = _key_side(k, v, q, do, lse, delta, seen, dk, dv, SCALE, not MUTUAL)
+            dk, dv, _ = _key_side(k, v, q, do, lse, delta, seen, dk, dv, SCALE, not MUTUAL)
     row = (batch.to(tl.int64) * length + c * CHUNK) * KV_HEADS + kv_head  # row of (B * N * Hkv, D)
     cells = row * D + j[:, None] * (KV_HEADS * D) + tl.arange(0, D)[None, :]
     dk = dk * (SCALE * 0.6931471805599453)
