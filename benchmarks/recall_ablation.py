@@ -1,6 +1,6 @@
 """Which carry and which curriculum learn to relay in real text: equal characters, one row each.
 
-    python benchmarks/recall_ablation.py CORPUS --steps 1800 "gated:" "softmax:carry_heads=4"
+    python benchmarks/recall_ablation.py CORPUS --steps 1800 "gated:carry_heads=0" "softmax:carry_heads=4"
 
 CORPUS is a folder with train.bin and val.bin. A variant is a name and changed settings: fields of the model,
 or of the run as train.FIELD. Each is trained from nothing on windows of --length characters, into all of

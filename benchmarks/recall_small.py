@@ -1,7 +1,7 @@
 """Which carry relays in small: keys and values among random letters or real text, from nothing.
 
-    python benchmarks/recall_small.py "gated:" "heads:carry_heads=4" --seeds 0 1
-    python benchmarks/recall_small.py "gated:" "heads:carry_heads=4" --corpus CORPUS
+    python benchmarks/recall_small.py "gated:carry_heads=0" "heads:carry_heads=4" --seeds 0 1
+    python benchmarks/recall_small.py "gated:carry_heads=0" "heads:carry_heads=4" --corpus CORPUS
     python benchmarks/recall_small.py "c128:carry_heads=4,chunk_size=128" --corpus CORPUS --device cuda \
         --length 4096 --chars 65536 --pairs 32 --key-chars 2 --value-chars 2
 
