@@ -19,7 +19,6 @@ from butterfly_llm.plot.peers import plot_peers, plot_twins
 from butterfly_llm.plot.recall import plot_recall
 from butterfly_llm.plot.results import (
     _read_metrics,
-    _read_rows,
     plot_context,
     plot_loss,
     plot_scaling,
@@ -152,15 +151,20 @@ def test_context_figure_names_its_curves(tmp_path, labels):
     assert {"one: 1.125", "context 2048: 2.250"} <= set(labels)
 
 
+def refuses(figure, folder, text, what):
+    """A figure of a file with this text is refused in one line, and leaves nothing behind."""
+    path = folder / "rows.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"rows\.json: not {what}") as caught:
+        figure([path], folder / "x.png")
+    assert "\n" not in str(caught.value) and [p.name for p in folder.iterdir()] == ["rows.json"]
+
+
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", '{"bits": {"x": {}}}', '{"bits_per_char": 1, "buckets": []}']
 )
 def test_evaluations_that_are_none_are_refused(tmp_path, text):
-    path = tmp_path / "eval.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"eval\.json: not the output of butterfly eval --json"):
-        plot_context([path], tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()
+    refuses(plot_context, tmp_path, text, "the output of butterfly eval --json")
 
 
 def test_recall_figure_takes_every_form_of_rows(tmp_path, labels):
@@ -176,11 +180,7 @@ def test_recall_figure_takes_every_form_of_rows(tmp_path, labels):
 
 @pytest.mark.parametrize("text", ["", "x", '{"by_hops": {}}', '{"by_hops": {"one": 1}}', '{"recall": [{}]}'])
 def test_recall_of_nothing_is_refused(tmp_path, text):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"rows\.jsonl: not rows of recall by hops"):
-        plot_recall([path], tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()
+    refuses(plot_recall, tmp_path, text, "rows of recall by hops")
 
 
 def test_scaling_figure_shows_speed_and_memory(tmp_path, labels):
@@ -289,24 +289,15 @@ def test_twins_figure_shows_held_out_bits_by_time_and_by_characters(tmp_path, la
 
 @pytest.mark.parametrize("text", ["", "{}", '{"rows": []}', '{"rows": [{"twin": "x"}]}', '{"rows": [1]}'])
 def test_comparisons_that_are_none_are_refused(tmp_path, text):
-    path = tmp_path / "bench.txt"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"bench\.txt: not the output of butterfly bench peers"):
-        plot_peers([path], tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"bench\.txt: not the output of butterfly bench twins"):
-        plot_twins(path, tmp_path / "x.png")
-    assert [p.name for p in tmp_path.iterdir()] == ["bench.txt"]
+    refuses(plot_peers, tmp_path, text, "the output of butterfly bench peers")
+    refuses(lambda paths, out: plot_twins(*paths, out), tmp_path, text, "the output of butterfly bench twins")
 
 
 @pytest.mark.parametrize(
     "text", ["", "a table", "{}", '{"rows": []}', '{"rows": [{"what": "x", "length": 0}]}', '{"rows": [1]}']
 )
 def test_benchmarks_that_are_none_are_refused(tmp_path, text):
-    path = tmp_path / "bench.txt"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"bench\.txt: not the output of a benchmark") as caught:
-        _read_rows(path)
-    assert "\n" not in str(caught.value)
+    refuses(plot_scaling, tmp_path, text, "the output of a benchmark")
 
 
 @pytest.mark.parametrize("topology", ["shift", "xor_causal"])
