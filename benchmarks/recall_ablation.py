@@ -69,6 +69,16 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32, help="asked at each number of hops")
     parser.add_argument("--save", type=Path, help="append the rows to this file")
     options = parser.parse_args()
+    try:
+        compare(options)
+    except (ValueError, OSError) as failure:
+        parser.error(str(failure))
+
+
+def compare(options: argparse.Namespace) -> None:
+    first = options.length if options.grow is None else options.grow
+    if min(first, options.length, *(options.ask or ())) < 1:
+        raise ValueError("--length, --grow and --ask must be at least 1")
     text = bytes(Corpus(options.corpus / "val.bin").data)
     for variant in options.variants:
         name, model_changes, run_changes = settings(variant)
@@ -80,7 +90,7 @@ def main() -> None:
             num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2,
         )  # fmt: skip
         model_config = ButterflyConfig.from_dict(model_config.to_dict() | model_changes)
-        lengths = growing(options.grow or options.length, options.length)
+        lengths = growing(first, options.length)
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig.from_dict({
                 "corpus": str(options.corpus), "out": out, "steps": options.steps,
@@ -119,12 +129,12 @@ def main() -> None:
             "parameters": model.num_parameters(), "chars": result.chars, "seconds": round(seconds, 1),
             "bits_per_char": round(result.val_bits, 4), "skipped": result.skipped,
             "recall": [
-                {key: row[key] for key in ("length", "distractors")}
+                {key: each[key] for key in ("length", "distractors")}
                 | {
-                    name: {edge: round(share, 3) for edge, (share, _) in row[name].items()}
+                    name: {edge: round(share, 3) for edge, (share, _) in each[name].items()}
                     for name in ("by_hops", "by_distance")
                 }
-                for row in asked
+                for each in asked
             ],
             "asked": options.windows, "config": config.to_dict() | {"corpus": options.corpus.name, "out": ""},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

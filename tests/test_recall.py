@@ -14,7 +14,7 @@ from torch import Tensor
 
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
-from butterfly_llm.curriculum import curriculum, plant_pairs
+from butterfly_llm.curriculum import MOST_PAIRS, curriculum, plant_pairs
 from butterfly_llm.model import Butterfly
 from butterfly_llm.recall import Needles, at_hops, evaluate_recall, plant
 from butterfly_llm.routing import hops
@@ -179,6 +179,13 @@ def test_every_pair_that_fits_is_planted_whole(length: int, pairs: int) -> None:
         assert (weights == 0.0).sum() == 22 * len(facts)
         for key, _, start in asked:
             assert text.tobytes().index(b"#KEY " + key) < start
+
+
+def test_a_long_window_gets_no_more_facts_than_a_chunk_has_lanes() -> None:
+    window = np.resize(TEXT, 65_537)[None]
+    transform = curriculum(share=1.0, weight=10.0, longest=65_536, seed=0)
+    counts = [transform(window, step, 0, 1.0)[0].tobytes().count(b"\n#KEY ") for step in range(20)]
+    assert 64 < max(counts) <= MOST_PAIRS
 
 
 def test_a_window_too_short_for_facts_is_refused() -> None:

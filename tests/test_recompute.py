@@ -297,6 +297,13 @@ def test_the_longest_sequences_fit_on_80_gb(preset: str, length: int) -> None:
     assert least == Recompute(10) and load.nbytes(least) > 30e9  # refused by name where it is used
 
 
+def test_the_input_of_a_whole_layer_counts_once() -> None:
+    load = Load(ButterflyConfig.preset("full"), chars=65_536, value_bytes=2, fixed_bytes=0, compiled=True)
+    some, more = (load.nbytes(Recompute(whole=n, slice_rows=65_536)) for n in (20, 21))
+    layer = (load.nbytes(None)) // 53
+    assert more - some == layer - 65_536 * 2 * (768 + 196)  # hidden state and carry
+
+
 def test_fused_feed_forward_keeps_the_squares_alone() -> None:
     """Compiled, of every layer and character u and the normalised row are left out; more layers fit whole."""
     config = ButterflyConfig.preset("full")
