@@ -44,7 +44,6 @@ OPTIONAL = (
 # Written in terms of an optional package: imported by those who have it.
 EXTRAS = (
     "ops/triton_kernels.py",
-    "ops/triton_chain_kernel.py",
     "ops/triton_step_kernel.py",
     "ops/triton_rows_kernels.py",
     "ops/triton_carry_kernels.py",

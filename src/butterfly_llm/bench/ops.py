@@ -48,15 +48,13 @@ FORWARD: dict[str, tuple[int | None, ...]] = {
     "64x32 w4 s3 r96": (64, 32, 4, 3, 96),
     "128x64 w8 s3 r128": (128, 64, 8, 3, 128),
 }
-# The tiles of the two kernels of the backward pass, of queries, then of keys; or those of the one kernel,
-# with the chunks that a program walks and whether it fetches the next one.
-BACKWARD: dict[str, tuple[tuple[int | None, ...], ...]] = {
+# The tiles of the two kernels of the backward pass: of queries, then of keys.
+BACKWARD: dict[str, tuple[tuple[int | None, ...], tuple[int | None, ...]]] = {
     "dq 64x64 s1 r128, dkv 64x64 s1": ((64, 64, 4, 1, 128), (64, 64, 4, 1, None)),
     "dq 64x32 s3, dkv 64x64 s1": ((64, 32, 4, 3, None), (64, 64, 4, 1, None)),
     "dq 64x64 s1, dkv 64x64 s1": ((64, 64, 4, 1, None), (64, 64, 4, 1, None)),
     "dq 64x64 s1 r128, dkv 128x64 s1": ((64, 64, 4, 1, 128), (128, 64, 4, 1, None)),
     "dq 64x64 s1 r128, dkv 32x64 s1": ((64, 64, 4, 1, 128), (32, 64, 4, 1, None)),
-    "chain of 4, 64 w8, fetch": ((64, CHUNK, 8, 1, None, 4, True),),
 }
 SHIPPED = (next(iter(FORWARD)), next(iter(BACKWARD)))
 
@@ -68,10 +66,9 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def use(forward: str, backward: str) -> None:
     """Make the tiles of these variants the ones that `butterfly_attention_triton` uses."""
-    cuts = BACKWARD[backward]
-    names = ("query_gradient", "key_gradient") if len(cuts) == 2 else ("chain",)
-    triton_attention.FORCED_TILES.clear()
-    for which, cut in zip(("forward", *names), (FORWARD[forward], *cuts), strict=True):
+    query_gradient, key_gradient = BACKWARD[backward]
+    cuts = {"forward": FORWARD[forward], "query_gradient": query_gradient, "key_gradient": key_gradient}
+    for which, cut in cuts.items():
         triton_attention.FORCED_TILES[cast(triton_attention.Pass, which)] = Tiles(*cast(Any, cut))
 
 

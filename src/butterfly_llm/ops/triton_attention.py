@@ -1,5 +1,4 @@
-"""Fused butterfly attention for CUDA: two PyTorch operators around the kernels in `triton_kernels` and
-`triton_chain_kernel`.
+"""Fused butterfly attention for CUDA: two PyTorch operators around the kernels in `triton_kernels`.
 
 `butterfly::attention_fwd` and `butterfly::attention_bwd` are opaque to torch.compile, which therefore sees no
 graph break; stride and length may be symbolic. Triton is imported at the first launch, never before, so this
@@ -30,7 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 _NO_STRIDE = 1 << 30  # chunks; no sequence is that long
 
-Pass = Literal["forward", "query_gradient", "key_gradient", "chain"]
+Pass = Literal["forward", "query_gradient", "key_gradient"]
 
 
 def status() -> str:
@@ -55,8 +54,6 @@ class Tiles:
     num_warps: int
     num_stages: int
     registers: int | None = None  # the most a thread may use; None: what the compiler finds best
-    segment: int = 1  # of "chain": chunks that one program walks
-    fetch: bool = False  # of "chain", from Hopper on: the next chunk comes into the second cache meanwhile
 
 
 _HOPPER: dict[Pass, Tiles] = {
@@ -65,11 +62,7 @@ _HOPPER: dict[Pass, Tiles] = {
     "key_gradient": Tiles(64, 64, 4, 1),
 }
 FORCED_TILES: dict[Pass, Tiles] = {}
-"""Overrides the table below, for measurements.
-
-"chain", the backward pass in one kernel (topology shift, as many key as query heads), is in no table, as it
-has not been measured yet: it runs where it is forced, and its `block_n` and `num_stages` mean nothing.
-"""
+"""Overrides the table below, for measurements."""
 
 
 def tiles(which: Pass, dtype: torch.dtype, head_dim: int, chunk_size: int, shared_limit: int) -> Tiles:
@@ -79,7 +72,7 @@ def tiles(which: Pass, dtype: torch.dtype, head_dim: int, chunk_size: int, share
     chosen so that nothing or little spills. Cards without Hopper's matrix instructions, known here by their
     smaller shared memory, keep operands in registers.
     """
-    if which in FORCED_TILES or which == "chain":
+    if which in FORCED_TILES:
         return FORCED_TILES[which]
     if dtype == torch.float32:  # exact products, without tensor cores
         chosen = Tiles(32, 32, 4, 1) if which == "forward" else Tiles(16, 16, 4, 1)
@@ -153,38 +146,23 @@ def _launch(
     past: Past | None = None,
 ) -> None:
     """Run one kernel over every (block, head, batch). `strided` are the tensors whose strides it takes."""
-    from butterfly_llm.ops import triton_chain_kernel, triton_kernels
+    from butterfly_llm.ops import triton_kernels
 
     batch, length, num_heads, num_kv_heads, head_dim = shape
     device, dtype = tensors[0].device, tensors[0].dtype
     cut = tiles(which, dtype, head_dim, chunk_size, _shared_limit(device))
     num_chunks = -(-length // chunk_size)
-    numbers: list[Any]
-    constants: dict[str, Any]
-    if which == "chain":
-        kernel = triton_chain_kernel.chain_kernel
-        chains = min(stride, num_chunks)
-        turns = -(-num_chunks // (chains * cut.segment))
-        programs = batch * turns * chains * num_heads
-        numbers = [chains, turns]
-        constants = {"SEGMENT": cut.segment, "FETCH": cut.fetch}
-    else:
-        kernel = getattr(triton_kernels, f"{which}_kernel")
-        # Chunks one stride apart are numbered side by side: `step` rows of `turns` slots, some past the end.
-        step = stride if stride < num_chunks else 1
-        turns = -(-num_chunks // step)
-        over_keys = which == "key_gradient"
-        blocks = chunk_size // (cut.block_n if over_keys else cut.block_m)
-        programs = batch * turns * step * blocks * (num_kv_heads if over_keys else num_heads)
-        numbers = [min(stride, _NO_STRIDE), turns, step]
-        constants = {
-            "GROUP": num_heads // num_kv_heads, "BLOCK_N": cut.block_n, "TOPOLOGY": topology,
-            "STAGES": cut.num_stages,
-        }  # fmt: skip
+    # Chunks one stride apart are numbered side by side: `step` rows of `turns` slots, some past the end.
+    step = stride if stride < num_chunks else 1
+    turns = -(-num_chunks // step)
+    over_keys = which == "key_gradient"
+    blocks = chunk_size // (cut.block_n if over_keys else cut.block_m)
+    programs = batch * turns * step * blocks * (num_kv_heads if over_keys else num_heads)
+    kernel = getattr(triton_kernels, f"{which}_kernel")
+    stream: list[Any] = []
     if which == "forward":
         unread = Past(tensors[1], tensors[2], 0, 0)
-        numbers += (past or unread).arguments()
-        constants["STREAM"] = past is not None
+        stream = (past or unread).arguments()
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             *tensors,
@@ -192,14 +170,21 @@ def _launch(
             *_strides(strided),
             length,
             num_chunks,
-            *numbers,
+            min(stride, _NO_STRIDE),
+            turns,
+            step,
+            *stream,
             HEADS=num_heads,
+            GROUP=num_heads // num_kv_heads,
             D=head_dim,
             CHUNK=chunk_size,
             BLOCK_M=cut.block_m,
+            BLOCK_N=cut.block_n,
             SCALE=head_dim**-0.5 * math.log2(math.e),
+            TOPOLOGY=topology,
             WHOLE=length % chunk_size == 0,
-            **constants,
+            STAGES=cut.num_stages,
+            **({"STREAM": past is not None} if which == "forward" else {}),
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
             **({"maxnreg": cut.registers} if cut.registers else {}),
@@ -256,9 +241,6 @@ def _backward(
     options: dict[str, Any] = {
         "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
     }  # fmt: skip
-    if "chain" in FORCED_TILES and topology == "shift" and num_kv_heads == num_heads:
-        _launch("chain", [q, k, v, o, grad, lse, dq, dk, dv], [q, k, v, grad], shape, **options)
-        return dq, dk, dv
     delta = torch.empty_like(lse)
     _launch("query_gradient", [q, k, v, o, grad, lse, delta, dq], [q, k, v, grad], shape, **options)
     _launch("key_gradient", [q, k, v, grad, lse, delta, dk, dv], [q, k, v, grad], shape, **options)
