@@ -304,8 +304,12 @@ class Load:
         logits = min(self.chars, _LOSS_ROWS) * config.vocab_size * (self.value_bytes + 8)
         return (
             self.fixed_bytes
-            + self.chars * (kept + working + recompute.whole * layer) * self.value_bytes
-            + max(2 * rows * layer * self.value_bytes, logits)
+            + self.chars * (kept + working) * self.value_bytes
+            # At the end of the forward pass; or later, one layer run again, when the whole ones are gone.
+            + max(
+                self.chars * recompute.whole * layer * self.value_bytes + logits,
+                2 * rows * layer * self.value_bytes,
+            )
         )
 
     def host_bytes(self, recompute: Recompute | None) -> int:
