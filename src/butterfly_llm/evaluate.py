@@ -2,7 +2,7 @@
 
 A text is read in windows of `context` characters that do not overlap, each a stream of its own: the model
 predicts every character exactly once, the first one from the document separator, and knows at most `context`
-characters before it. The compressors get each text whole.
+characters before it. The compressors get each text whole, and so does what `match` proposes beside the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from butterfly_llm import memory
@@ -29,6 +28,7 @@ from butterfly_llm.archives import archive_suffix
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.corpus import MANIFEST, SEPARATOR, Corpus
 from butterfly_llm.data import read_context
+from butterfly_llm.match import MatchedText
 from butterfly_llm.text import Encoding, Errors, encode_counted, read_text
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class DocumentResult:
     bits_per_char: float
     xz: float | None
     zstd: float | None
+    matched: float | None = None
+    """Model and match together, where asked for."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Evaluation:
     zstd: float | None
     buckets: tuple[BucketResult, ...]
     documents: tuple[DocumentResult, ...]
+    matched: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -135,6 +138,7 @@ def evaluate(
     context: int | None = None,
     batch_chars: int = 16_384,
     compressors: bool = True,
+    match: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Bits per character of `model` on `documents`.
@@ -142,6 +146,8 @@ def evaluate(
     context:     characters in a window; None for the model's reach, at most 65,536.
     batch_chars: windows shorter than this are read together, up to this many characters at once.
     compressors: also run `xz -9e` and `zstd -19`.
+    match:       also say what model and match give together (`match.py`); the match knows the whole text
+                 before a character, further back than `context`.
     progress:    called with the number of characters evaluated so far.
 
     Memory is that of one forward pass over max(context, batch_chars) characters. ValueError for no or an
@@ -173,12 +179,17 @@ def evaluate(
     bucket_nats = torch.zeros(len(edges), dtype=torch.float64)
     bucket_chars = torch.zeros(len(edges), dtype=torch.int64)
     document_nats = [0.0] * len(documents)
+    matched = [MatchedText(d.data) for d in documents] if match else []
     done = 0
     for batch in _batches(lengths, context, batch_chars):
         inputs, targets = _load(batch, documents)
-        nats = character_nats(model, inputs.to(device), targets.to(device))  # (B, N)
-        for row, (index, start, stop) in zip(nats, batch, strict=True):
-            row = row[: stop - start]
+        kinds = [targets, _proposed(batch, matched, targets)] if match else [targets]
+        asked = torch.stack(kinds, dim=-1)
+        nats = character_nats(model, inputs.to(device), asked.to(device))  # (B, N, 1 or 2)
+        for padded, (index, start, stop) in zip(nats, batch, strict=True):
+            row, *of_proposed = padded[: stop - start].unbind(-1)
+            if match:
+                matched[index].take(start, row, *of_proposed)
             document_nats[index] += float(row.sum())
             for i, (low, high) in enumerate(zip((0, *edges[:-1]), edges, strict=True)):
                 bucket_nats[i] += row[low:high].sum()
@@ -189,6 +200,7 @@ def evaluate(
 
     total = sum(lengths)
     sizes = [(_xz(d.data), _zstd(d.data)) if compressors else (None, None) for d in documents]
+    together = [text.nats() / math.log(2) for text in matched]
     return Evaluation(
         context=context,
         chars=total,
@@ -207,9 +219,11 @@ def evaluate(
                 nats / math.log(2) / len(d.data),
                 _rate([xz], len(d.data)),
                 _rate([zstd], len(d.data)),
+                together[i] / len(d.data) if match else None,
             )
-            for d, nats, (xz, zstd) in zip(documents, document_nats, sizes, strict=True)
+            for i, (d, nats, (xz, zstd)) in enumerate(zip(documents, document_nats, sizes, strict=True))
         ),
+        matched=sum(together) / total if match else None,
     )
 
 
@@ -222,31 +236,32 @@ def estimate_bytes(config: ButterflyConfig, chars: int) -> int:
 
 
 def character_nats(model: Butterfly, inputs: Tensor, targets: Tensor) -> Tensor:
-    """-log p of each target character, in nats: (B, N), (B, N) -> float64 (B, N) on the CPU."""
+    """-log p of each target character, in nats: inputs (B, N), targets (B, N) or, K for each, (B, N, K)
+    -> float64 of the shape of targets, on the CPU."""
+    wanted = targets.long().view(*targets.shape[:2], -1)
     with torch.inference_mode():
         logits = model(inputs)  # (B, N, V)
         pieces = [
-            F.cross_entropy(
-                logits[:, start : start + _LOGITS_SLICE].float().flatten(0, 1),
-                targets[:, start : start + _LOGITS_SLICE].long().flatten(),
-                reduction="none",
-            ).view(len(targets), -1)
+            -torch.log_softmax(logits[:, start : start + _LOGITS_SLICE].float(), dim=-1).gather(
+                -1, wanted[:, start : start + _LOGITS_SLICE]
+            )
             for start in range(0, targets.shape[1], _LOGITS_SLICE)
         ]
-    return torch.cat(pieces, dim=1).to("cpu", torch.float64)
+    return torch.cat(pieces, dim=1).view(targets.shape).to("cpu", torch.float64)
 
 
 def format_table(result: Evaluation) -> str:
     """The result as plain text: one table of texts, one of positions."""
-    header = ("text", "chars", "model", "xz -9e", "zstd -19")
-    rows: list[tuple[str, ...]] = [
-        (d.name, f"{d.chars:,}", f"{d.bits_per_char:.3f}", _cell(d.xz), _cell(d.zstd))
-        for d in result.documents
-    ]
+    matched = result.matched is not None
+    header = ("text", "chars", "model", *(["and match"] if matched else []), "xz -9e", "zstd -19")
+
+    def cells(name: str, of: Evaluation | DocumentResult) -> tuple[str, ...]:
+        together = [_cell(of.matched)] if matched else []
+        return (name, f"{of.chars:,}", f"{of.bits_per_char:.3f}", *together, _cell(of.xz), _cell(of.zstd))
+
+    rows = [cells(d.name, d) for d in result.documents]
     if len(rows) > 1:
-        rows.append(
-            ("all", f"{result.chars:,}", f"{result.bits_per_char:.3f}", _cell(result.xz), _cell(result.zstd))
-        )
+        rows.append(cells("all", result))
     positions: list[tuple[str, ...]] = [
         (f"{b.start:,} to {b.stop:,}", f"{b.chars:,}", f"{b.bits_per_char:.3f}") for b in result.buckets
     ]
@@ -290,6 +305,16 @@ def _load(batch: Sequence[tuple[int, int, int]], documents: Sequence[Document]) 
         inputs[row, : stop - start] = stream[:-1]
         targets[row, : stop - start] = stream[1:]
     return inputs, targets
+
+
+def _proposed(
+    batch: Sequence[tuple[int, int, int]], matched: Sequence[MatchedText], targets: Tensor
+) -> Tensor:
+    """What the matches propose in place of `targets` (B, N)."""
+    proposed = torch.zeros_like(targets)
+    for row, (index, start, stop) in enumerate(batch):
+        proposed[row, : stop - start] = torch.from_numpy(matched[index].proposed(start, stop))
+    return proposed
 
 
 def _xz(data: bytes) -> int:

@@ -22,6 +22,8 @@ class Eval:
     """Characters of context, and of a window. Default: the model's reach, at most 65,536."""
     max_chars: int | None = None
     """Take at most this many characters of each text, the first ones."""
+    match: bool = False
+    """Also let the longest earlier occurrence of the last characters in the text propose the next one."""
     json: bool = False
     """Print one line of JSON instead of the table."""
     text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
@@ -42,5 +44,5 @@ class Eval:
             if document.losses:
                 say(f"{document.name}: {document.losses}")
         with progress_bar("evaluating", sum(len(d.data) for d in documents)) as update:
-            result = evaluate(model, documents, context=self.context, progress=update)
+            result = evaluate(model, documents, context=self.context, match=self.match, progress=update)
         print(result.to_json() if self.json else format_table(result))
