@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--recall", type=int, nargs="*", default=[4_096, 16_384, 65_536], help="lengths")
     parser.add_argument("--windows", type=int, default=32, help="windows for each number of hops")
     parser.add_argument("--distractors", type=int, nargs="+", default=[0, 15])
+    parser.add_argument("--match", action="store_true", help="also what model and match give together")
     parser.add_argument("--json", type=Path, help="keep the JSON object here as it grows")
     options = parser.parse_args()
 
@@ -55,8 +56,14 @@ def main() -> None:
 
     def bits(label: str, model: Any, context: int) -> None:
         begun = time.perf_counter()
-        result = evaluate(model, documents, context=context, batch_chars=131_072, compressors=False)
-        print(f"{label}: {result.bits_per_char:.4f} bits/char on {result.chars:,} characters", flush=True)
+        result = evaluate(
+            model, documents, context=context, batch_chars=131_072, compressors=False, match=options.match
+        )
+        together = "" if result.matched is None else f", {result.matched:.4f} with the match,"
+        print(
+            f"{label}: {result.bits_per_char:.4f} bits/char{together} on {result.chars:,} characters",
+            flush=True,
+        )
         print("  " + ", ".join(f"{b.start:,}: {b.bits_per_char:.4f}" for b in result.buckets), flush=True)
         keep("bits", label, {"seconds": round(time.perf_counter() - begun, 1), **result.to_dict()})
 
