@@ -223,7 +223,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run on one device. Everything random in it follows from `seed`."""
+    """One training run, on one device or on one for each process. All that is random follows from `seed`."""
 
     corpus: str = "corpus"
     """Folder written by `butterfly prepare`."""
@@ -236,7 +236,7 @@ class TrainConfig:
     """Model folder whose weights a new run starts from; optimisers and schedule start anew. Empty for random
     weights."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one, each process of torchrun its own."""
     seed: int = 0
     """Weights, order of the text and samples follow from it."""
 
@@ -248,7 +248,7 @@ class TrainConfig:
     finish_seconds: float = 20.0
     """Part of max_seconds kept back for the last validation and the last checkpoint, seconds."""
     batch_chars: int = 65_536
-    """Characters in one optimiser step."""
+    """Characters in one optimiser step, of all processes together."""
     micro_chars: int = 0
     """Characters in one forward and backward pass (at least one window); 0 for the whole batch."""
     lengths: tuple[tuple[float, int], ...] = ((1.0, 4096),)
@@ -374,9 +374,20 @@ class TrainConfig:
         """Windows of `length` characters in one optimiser step."""
         return self.batch_chars // length
 
-    def micro_windows(self, length: int) -> int:
-        """Windows of `length` characters in one forward and backward pass."""
-        return max(1, (self.micro_chars or self.batch_chars) // length)
+    def micro_windows(self, length: int, processes: int = 1) -> int:
+        """Windows of `length` characters in one forward and backward pass of each of `processes`."""
+        return max(1, min(self.micro_chars or self.batch_chars, self.batch_chars // processes) // length)
+
+    def require_shares(self, processes: int) -> None:
+        """ValueError where the windows of a step are not as many equal passes for each of `processes`."""
+        for _, length in self.lengths:
+            windows, pass_windows = self.windows(length), self.micro_windows(length, processes)
+            if windows % (processes * pass_windows):
+                raise ValueError(
+                    f"train: a step has {windows} windows of length {length}, which {processes} processes "
+                    f"cannot share evenly {pass_windows} at a time: change batch_chars, micro_chars, lengths "
+                    "or the number of processes"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -69,6 +69,22 @@ class Reporter:
             self._live.stop()
 
 
+class Silent:
+    """Stands for a `Reporter` in the processes that leave the telling to the first one."""
+
+    def record(self, kind: str, **values: Any) -> None:
+        pass
+
+    def show(self, progress: float, text: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def plain_warnings() -> None:
     """Show warnings as one line, without the place in the program that they come from."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

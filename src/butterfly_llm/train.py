@@ -1,9 +1,10 @@
-"""Train a Butterfly model on one device; exact to resume, safe to interrupt.
+"""Train a Butterfly model; exact to resume, safe to interrupt.
 
     python -m butterfly_llm.train configs/tiny.toml corpus=CORPUS steps=500
 
-A step draws its windows from (seed, step) and its learning rate and window length from the progress of the
-run, so the checkpoint of a step holds all that the next step depends on.
+On one device, or under torchrun on one for each process (`parallel`). A step draws its windows from
+(seed, step) and its learning rate and window length from the progress of the run, so the checkpoint of a step
+holds all that the next step depends on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from butterfly_llm import memory
+from butterfly_llm import memory, parallel
 from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.checkpoint import (
     TrainingState,
@@ -47,7 +48,7 @@ from butterfly_llm.ops import default_backend
 from butterfly_llm.ops.feed_forward import reason_against
 from butterfly_llm.optim import Optimizers, fixed_bytes, learning_rate, length_at, progress_at
 from butterfly_llm.recompute import Load, describe
-from butterfly_llm.reporting import Reporter, plain_warnings
+from butterfly_llm.reporting import Reporter, Silent, plain_warnings
 from butterfly_llm.signals import StopSignals
 from butterfly_llm.text import encode
 from butterfly_llm.tracking import tracker
@@ -100,41 +101,25 @@ def train(
 
     The corpora are those in `config.corpus` unless given. On SIGTERM or SIGINT the run writes a checkpoint at
     the next step boundary and raises SystemExit (143 or 130); a second signal ends the process at once.
+    Of several processes the first one writes; where another one fails, it is SystemExit(2) in this one.
     ValueError for settings, data and checkpoints that do not fit; TrainingDiverged after `max_bad_steps`;
     MemoryError, with the estimate, where the device runs out on the way.
     """
-    if transform is None and config.recall_share > 0:
-        transform = curriculum(
-            share=config.recall_share,
-            weight=config.recall_weight,
-            longest=max(length for _, length in config.lengths),
-            seed=config.seed,
-        )
-    if (corpus is None or val_corpus is None) and Path(config.corpus).is_file():
-        raise ValueError(f"train: {config.corpus} is a file; give the folder that `butterfly prepare` wrote")
-    run = _Run(
-        config,
-        model_config,
-        Corpus(config.corpus, "train") if corpus is None else corpus,
-        Corpus(config.corpus, "val") if val_corpus is None else val_corpus,
-        transform,
-    )
-    try:
-        with StopSignals() as stop:
-            while run.progress() < 1:
-                run.advance()
-                if stop.received:
-                    run.checkpoint()
-                    run.reporter.say(f"stopped at step {run.step}; the same command goes on from there")
-                    raise SystemExit(128 + stop.received)
-            return run.finish()
-    except torch.OutOfMemoryError:
-        raise MemoryError(
-            f"train: {run.device} is out of memory at step {run.step} "
-            f"({memory.format_bytes(run.estimate)} were estimated): {_LESS_MEMORY}"
-        ) from None
-    finally:
-        run.reporter.close()
+    with parallel.team(config.device) as members:
+        if transform is None and config.recall_share > 0:
+            transform = curriculum(
+                share=config.recall_share,
+                weight=config.recall_weight,
+                longest=max(length for _, length in config.lengths),
+                seed=config.seed,
+            )
+        if (corpus is None or val_corpus is None) and Path(config.corpus).is_file():
+            raise ValueError(
+                f"train: {config.corpus} is a file; give the folder that `butterfly prepare` wrote"
+            )
+        corpus = Corpus(config.corpus, "train") if corpus is None else corpus
+        val_corpus = Corpus(config.corpus, "val") if val_corpus is None else val_corpus
+        return _Run(config, model_config, corpus, val_corpus, transform, members).to_its_end()
 
 
 class _Run:
@@ -147,7 +132,9 @@ class _Run:
         corpus: Corpus,
         val_corpus: Corpus,
         transform: Transform | None,
+        members: parallel.Team,
     ) -> None:
+        config.require_shares(members.size)
         if not model_config.causal:
             raise ValueError(f"train: routing {model_config.routing!r} is not causal: nothing to predict")
         longest = max(length for _, length in config.lengths)
@@ -155,12 +142,14 @@ class _Run:
         check_length(corpus, longest)
         check_length(val_corpus, config.val_length or longest)
         self.config, self.corpus, self.val_corpus, self.transform = config, corpus, val_corpus, transform
+        self.team = members
         self.device = memory.pick_device(config.device)
         half = config.precision == "bfloat16" or (config.precision == "auto" and self.device.type == "cuda")
-        load = training_load(config, model_config, self.device.type, 2 if half else 4)
+        load = training_load(config, model_config, self.device.type, 2 if half else 4, members.size)
         free_host = memory.available_bytes() if self.device.type == "cuda" else 0
+        free_host = free_host and free_host // members.size
         plan = load.plan(config.gradient_checkpointing, memory.available_bytes(str(self.device)), free_host)
-        on_host = load.host_bytes(plan)
+        on_host = load.host_bytes(plan) * members.size
         self.estimate = load.nbytes(plan)
         memory.require(self.estimate, str(self.device), "training", _LESS_MEMORY)
         memory.require(on_host, "cpu", "training with gradient_checkpointing offload", _LESS_HOST_MEMORY)
@@ -200,13 +189,16 @@ class _Run:
         self.begun = self.saved_at = self.logged_at = time.monotonic()
         self.logged_chars = self.chars
         self.saved_step = self.step
-        self.reporter = Reporter(
-            out / "metrics.jsonl",
-            resumed_at=self.step,
-            finished=self.progress() >= 1,
-            tracker=None if open_tracker is None else open_tracker(out, config.to_dict()),
-        )
+        self.reporter: Reporter | Silent = Silent()
+        if members.rank == 0:
+            self.reporter = Reporter(
+                out / "metrics.jsonl",
+                resumed_at=self.step,
+                finished=self.progress() >= 1,
+                tracker=None if open_tracker is None else open_tracker(out, config.to_dict()),
+            )
         parameters = f"{self.model.num_parameters():,} parameters on {self.device}"
+        parameters += f", the first of {members.size} processes" if members.size > 1 else ""
         at = f", resumed at step {self.step}" if state else ""
         self.reporter.say(f"{parameters}, {len(corpus):,} characters{at}")
         about = memory.format_bytes(self.estimate)
@@ -220,15 +212,35 @@ class _Run:
     def progress(self) -> float:
         return progress_at(self.step, self.elapsed(), self.config)
 
-    def advance(self) -> None:
+    def to_its_end(self) -> TrainResult:
+        """Step by step, until all is done or a signal has come, by the clock of the first process."""
+        try:
+            with StopSignals() as stop:
+                while (progress := self.team.gather(self.progress())[0]) < 1:
+                    self.advance(progress)
+                    if received := int(max(self.team.gather(stop.received))):
+                        self.checkpoint()
+                        self.reporter.say(f"stopped at step {self.step}; the same command goes on from there")
+                        raise SystemExit(128 + received)
+                return self.finish()
+        except torch.OutOfMemoryError:
+            raise MemoryError(
+                f"train: {self.device} is out of memory at step {self.step} "
+                f"({memory.format_bytes(self.estimate)} were estimated): {_LESS_MEMORY}"
+            ) from None
+        finally:
+            self.reporter.close()
+
+    def advance(self, progress: float) -> None:
         """One optimiser step, and what is due after it."""
         config = self.config
-        progress = self.progress()
         length = length_at(progress, config)
         rate = learning_rate(self.step, progress, config)
         loss = torch.zeros((), device=self.device)
         for ids, targets, weights, share in self._micro_batches(length, progress):
             loss += self.accumulate(ids, targets, weights, share)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.team.add_up([loss, *gradients])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm, foreach=True)
         bad = ~(loss.isfinite() & norm.isfinite())
         if config.spike_bits:
@@ -252,6 +264,8 @@ class _Run:
 
         if due(config.log_every):
             self._log(length, rate)
+        if self.team.rank:
+            return  # the first process does the rest; the others wait for it in the next step
         paused = time.monotonic()
         if due(config.val_every):
             self.validate()
@@ -265,23 +279,27 @@ class _Run:
     def _micro_batches(
         self, length: int, progress: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, float]]:
-        """ids and targets (b, length), loss weights or None, and the share in the loss of the whole batch."""
-        config = self.config
-        count, windows = config.micro_windows(length), config.windows(length)
+        """ids and targets (b, length), loss weights or None, and the share in the loss of the whole batch.
+
+        Of several processes each takes as many windows of the batch, one after the other.
+        """
+        config, team = self.config, self.team
+        count, windows = config.micro_windows(length, team.size), config.windows(length) // team.size
         parts: list[tuple[Windows, npt.NDArray[np.float32] | None]] = []
-        for first in range(0, windows, count):
+        for first in range(team.rank * windows, (team.rank + 1) * windows, count):
             text = sample_windows(
                 self.corpus, length=length, count=count, seed=config.seed, step=self.step, first=first
             )
             parts.append(self.transform(text, self.step, first, progress) if self.transform else (text, None))
         sizes = [count * length if weights is None else float(weights.sum()) for _, weights in parts]
+        whole = sum(team.gather(sum(sizes)))
         for (text, weights), size in zip(parts, sizes, strict=True):
             ids, targets = self._to_device(text)
             yield (
                 ids,
                 targets,
                 None if weights is None else torch.from_numpy(weights).to(self.device, non_blocking=True),
-                size / sum(sizes),
+                size / whole,
             )
 
     def _to_device(self, text: Windows) -> tuple[Tensor, Tensor]:
@@ -342,7 +360,7 @@ class _Run:
         config = self.config
         length = config.val_length or max(length for _, length in config.lengths)
         windows = list(val_windows(self.val_corpus, length=length, max_chars=config.val_chars))
-        count = min(config.micro_windows(length), len(windows))
+        count = min(config.micro_windows(length, self.team.size), len(windows))
         self._release_graph()
         nats, chars = torch.zeros((), dtype=torch.float64, device=self.device), 0
         # Compiled layers would be compiled once more for a pass without gradients.
@@ -386,6 +404,8 @@ class _Run:
     def checkpoint(self) -> None:
         """Write all that the next step depends on."""
         self._read()
+        if self.team.rank:
+            return  # the first process writes
         values = {
             "step": self.step,
             "chars": self.chars,
@@ -440,12 +460,13 @@ class _Run:
 
     def finish(self) -> TrainResult:
         """The last validation and checkpoint, and the model alone in `out`/model."""
-        bits = self.validate()
+        bits = self.team.gather(0.0 if self.team.rank else self.validate())[0]
         there = checkpoint_path(self.config.out, self.step) in checkpoints(self.config.out)
         if not (there and self.step == self.saved_step):  # else a finished run was started again
             self.checkpoint()
-        extra = {"step": self.step, "chars": self.chars, "val_bits_per_char": bits}
-        save_model(self.model, Path(self.config.out) / "model", extra=extra)
+        if self.team.rank == 0:
+            extra = {"step": self.step, "chars": self.chars, "val_bits_per_char": bits}
+            save_model(self.model, Path(self.config.out) / "model", extra=extra)
         self.reporter.record("end", step=self.step, elapsed=round(self.elapsed(), 2))
         return TrainResult(
             model=self.model,
@@ -458,14 +479,16 @@ class _Run:
         )
 
 
-def training_load(config: TrainConfig, model_config: ButterflyConfig, device: str, value_bytes: int) -> Load:
-    """What a training step has to hold; value_bytes: size of one activation, 2 or 4."""
+def training_load(
+    config: TrainConfig, model_config: ButterflyConfig, device: str, value_bytes: int, processes: int = 1
+) -> Load:
+    """What a training step has to hold in each process; value_bytes: size of one activation, 2 or 4."""
     with torch.device("meta"):
         model = Butterfly(model_config)
     fused = default_backend(device) == "triton"
     return Load(
         model_config,
-        chars=max(config.micro_windows(length) * length for _, length in config.lengths),
+        chars=max(config.micro_windows(length, processes) * length for _, length in config.lengths),
         value_bytes=value_bytes,
         fixed_bytes=fixed_bytes(model),
         compiled=config.compile,

@@ -41,12 +41,14 @@ class Train:
     def run(self) -> None:
         if self.run_file is not None and self.run_file.suffix != ".toml":
             raise ValueError(f"train: {self.run_file}: the name of a run file ends in .toml")
+        from butterfly_llm.parallel import is_first
         from butterfly_llm.reporting import plain_warnings
         from butterfly_llm.train import train
 
         plain_warnings()
         train(self.train, self.model)
-        print(self.train.out)
+        if is_first():
+            print(self.train.out)
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:
