@@ -243,6 +243,14 @@ def test_eval_prints_a_table_or_one_line_of_json(run, checkpoint, source):
     assert code == 0 and out.count("\n") == 1
     assert (result["context"], result["chars"]) == (64, 100)
     assert 0 < result["bits_per_char"] < 30 and result["xz"] > 0
+    assert result["matched"] is None
+
+
+def test_eval_lets_what_stood_before_propose(run, checkpoint, tmp_path):
+    (tmp_path / "twice.txt").write_text("nothing here stands twice: 0123456789\n" * 20)
+    code, out, _ = run("eval", "--model", checkpoint, "--match", "--json", tmp_path / "twice.txt")
+    result = json.loads(out)
+    assert code == 0 and 0 < result["matched"] < 0.5 * result["bits_per_char"]
 
 
 def test_eval_asks_for_planted_facts_and_names_that_come_back(run, checkpoint, tmp_path):

@@ -18,10 +18,9 @@ ORDER = 11  # characters that must agree before anything is proposed
 _BITS = 2 * ORDER  # of the hash: each character moves those before it up by two, so that older ones fall out
 _MULTIPLIER = 4 * 0x2545F4915
 LONGEST = 1 << 16  # a match is not counted further back
-_LENGTHS, _BELIEFS = (
-    34,
-    8,
-)  # classes of a proposal: half powers of two of its length; what the model thinks of it
+# Classes of proposals: half powers of two of the match's length, bits that the model gives the proposal.
+_LENGTHS, _BELIEFS = 34, 8
+_AT_ONCE = 1 << 16  # characters of a text that are Python's numbers at a time
 NOTHING = -1
 
 
@@ -59,7 +58,7 @@ class Match:
             return
         if not self.length:
             self._look_up(self._table[self._hash], end)
-        self._table[self._hash] = end & 0xFFFFFFFF
+        self._table[self._hash] = end & 0xFFFFFFFF  # beyond 4 GB a wrong place, at which nothing will agree
 
     def _look_up(self, at: int, end: int) -> None:
         """Match the end of the text with what ends at `at`, where at least ORDER characters agree."""
@@ -114,9 +113,7 @@ class MatchedText:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._proposed, self._lengths = proposals(data)
-        self._nats = np.zeros(
-            (2, len(data)), dtype=np.float32
-        )  # the model's, of what came and what was proposed
+        self._nats = np.zeros((2, len(data)), dtype=np.float32)  # of what came, of what was proposed
 
     def proposed(self, start: int, stop: int) -> npt.NDArray[np.int16]:
         """A character for each of start <= i < stop; 0 where nothing is proposed."""
@@ -130,8 +127,10 @@ class MatchedText:
     def nats(self) -> float:
         """Sum of -log p over the text, the trust learnt on the way."""
         trust, total = Trust(), 0.0
-        for character, proposed, length, nats, of_proposed in zip(
-            self._data, self._proposed.tolist(), self._lengths.tolist(), *self._nats.tolist(), strict=True
-        ):
-            total += trust.nats(proposed == character, length, -of_proposed, -nats) if length else nats
+        for start in range(0, len(self._data), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            columns = (self._proposed[part], self._lengths[part], *self._nats[:, part])
+            rows = zip(self._data[part], *(column.tolist() for column in columns), strict=True)
+            for character, proposed, length, nats, of_proposed in rows:
+                total += trust.nats(proposed == character, length, -of_proposed, -nats) if length else nats
         return total
