@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _PATIENCE = timedelta(hours=6)  # the others wait while the first one validates and writes
+_LET_GO = 0.1  # seconds: gloo's thread lets go of its last tensor, for which it needs Python alive
 _BUCKET = 2**25  # elements summed at once: few messages, and never a second copy of all gradients
 
 
@@ -68,7 +69,7 @@ class Team:
             if tensor.is_cuda:
                 raise
             self.ended = True
-            time.sleep(0.1)  # gloo's thread lets go of the tensor, for which it needs Python alive
+            time.sleep(_LET_GO)
             said = " ".join(str(failure).split())
             raise ConnectionError(f"train: another process of this run is gone ({said:.200})") from None
 
@@ -124,6 +125,7 @@ def team(device: str) -> Iterator[Team]:
                 if not members.ended:
                     members.gather(0.0, failed)
     finally:
+        time.sleep(_LET_GO)
         dist.destroy_process_group()
 
 
