@@ -1,12 +1,15 @@
-"""Which carry and which curriculum learn to relay in real text: equal characters, one row each.
+"""Which wiring, carry and curriculum learn to relay in real text: equal characters, one row each.
 
     python benchmarks/recall_ablation.py CORPUS --steps 1800 "gated:carry_heads=0" "softmax:carry_heads=4"
+    python benchmarks/recall_ablation.py CORPUS --grow 512 "xor:routing='xor_causal'" \
+        "random:strides='random'" "full attention:twin='full'"
 
 CORPUS is a folder with train.bin and val.bin. A variant is a name and changed settings: fields of the model,
-or of the run as train.FIELD. Each is trained from nothing on windows of --length characters, into all of
-which facts are planted (`curriculum.py`), then asked at every number of hops for a fact alone and for one
-among 15 others, in windows of each of the --ask lengths. A row of JSON for each goes to standard output and,
-with --save, to a file.
+of the run as train.FIELD, or one of two that no model has: `twin`, another architecture with as many
+parameters (`butterfly_llm.twins`), and `strides`, the partners of the butterfly layers (`STRIDES`). Each is
+trained from nothing on windows of --length characters, into all of which facts are planted (`curriculum.py`),
+then asked at every number of hops for a fact alone and for one among 15 others, in windows of each of the
+--ask lengths. A row of JSON for each goes to standard output and, with --save, to a file.
 
     python benchmarks/recall_ablation.py CORPUS --length 65536 --grow 512 --ask 4096 16384 65536 \
         --steps 4000 "heads:carry_heads=8,carry_size=128,train.recall_weight=20,train.export='runs/heads'"
@@ -21,16 +24,33 @@ import math
 import tempfile
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from butterfly_llm import twins
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
 from butterfly_llm.model import Butterfly
 from butterfly_llm.recall import Needles, evaluate_recall
 from butterfly_llm.train import train
+
+# For P passes over L levels and a seed: the stride of each of the P * L butterfly layers, in chunks.
+STRIDES: dict[str, Callable[[int, int, int], list[int]]] = {
+    "powers": lambda passes, levels, seed: [1 << level for level in range(levels)] * passes,
+    "descending": lambda passes, levels, seed: [1 << level for level in reversed(range(levels))] * passes,
+    "previous": lambda passes, levels, seed: [1] * (passes * levels),
+    "random": lambda passes, levels, seed: (
+        np.random.default_rng(seed).integers(1, 1 << levels, passes * levels).tolist()
+    ),
+    # One pass, and the previous chunk before each of its levels.
+    "previous between": lambda passes, levels, seed: (
+        [stride for level in range(levels) for stride in (1, 1 << level)] * passes
+    )[: passes * levels],
+}
 
 
 def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -43,6 +63,24 @@ def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         target = run if key.startswith("train.") else model
         target[key.removeprefix("train.")] = tomllib.loads(f"value = {value}")["value"]
     return name, model, run
+
+
+def builder(twin: str, strides: str, seed: int) -> Callable[[ButterflyConfig], Butterfly]:
+    """What makes the model of a variant. ValueError for unknown strides, which a twin does not have."""
+    if strides not in STRIDES or (twin != "butterfly" and strides != "powers"):
+        raise ValueError(f"no strides {strides!r} for {twin}: a butterfly has one of {', '.join(STRIDES)}")
+
+    def build(config: ButterflyConfig) -> Butterfly:
+        model = twins.build(twin, config)
+        if strides != "powers":
+            found = iter(STRIDES[strides](config.num_passes, config.num_levels, seed))
+            model.routes = tuple(
+                dataclasses.replace(route, stride=next(found)) if route.stage == "butterfly" else route
+                for route in model.routes
+            )
+        return model
+
+    return build
 
 
 def growing(first: int, last: int) -> list[tuple[float, int]]:
@@ -89,7 +127,11 @@ def compare(options: argparse.Namespace) -> None:
             carry_size=options.width // 4,
             num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2,
         )  # fmt: skip
-        model_config = ButterflyConfig.from_dict(model_config.to_dict() | model_changes)
+        own = {key: model_changes[key] for key in model_changes if key not in ("twin", "strides")}
+        model_config = ButterflyConfig.from_dict(model_config.to_dict() | own)
+        twin, strides = model_changes.get("twin", "butterfly"), model_changes.get("strides", "powers")
+        build = builder(twin, strides, run_changes.get("seed", 0))
+        model_config = twins.twin_config(twin, model_config)
         lengths = growing(first, options.length)
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig.from_dict({
@@ -104,10 +146,11 @@ def compare(options: argparse.Namespace) -> None:
             result = train(
                 config, model_config,
                 corpus=Corpus(options.corpus / "train.bin"), val_corpus=Corpus(options.corpus / "val.bin"),
+                build=build,
             )  # fmt: skip
         seconds = time.perf_counter() - begun
         # Without the compiled layers of the run, which would be compiled again for every length.
-        model = Butterfly(model_config).to(result.model.embed.weight.device)
+        model = build(model_config).to(result.model.embed.weight.device)
         model.load_state_dict(result.model.state_dict())
         model.compute_dtype = result.model.compute_dtype
         asked = [

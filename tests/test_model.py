@@ -327,6 +327,26 @@ def test_the_slice_follows_the_device_and_its_memory(monkeypatch: pytest.MonkeyP
     assert prefill_slice(full, 8, 2, "cuda") == 2048
 
 
+def test_what_is_only_read_is_read_in_slices_as_wide_as_a_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    from butterfly_llm import model as module
+
+    rows = []
+
+    def sliced(layer: object, x: torch.Tensor, *rest: object) -> torch.Tensor:
+        rows.append(rest[4])  # after memory, angles, stride and backend
+        return x
+
+    monkeypatch.setattr(module, "recomputed_layer", sliced)
+    model = Butterfly(MICRO)
+    ids = torch.zeros(2, 50_000, dtype=torch.uint8)
+    for slice_chars in (64, 40_000, 100_000):
+        model.prefill_slice = slice_chars
+        with torch.no_grad():
+            model.hidden(ids[:, :20_000] if slice_chars == 100_000 else ids)
+    assert set(rows[: len(model.routes)]) == {16_384} and set(rows[len(model.routes) :]) == {40_000}
+    assert len(rows) == 2 * len(model.routes)  # the last text is not longer than a slice
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_reads_in_slices_what_it_reads_at_once(dtype: torch.dtype) -> None:

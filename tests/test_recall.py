@@ -18,7 +18,7 @@ from butterfly_llm.curriculum import MOST_PAIRS, curriculum, plant_pairs
 from butterfly_llm.model import Butterfly
 from butterfly_llm.recall import Needles, at_hops, evaluate_recall, plant
 from butterfly_llm.routing import hops
-from butterfly_llm.train import train
+from butterfly_llm.train import Transform, train
 from conftest import within
 
 TEXT = np.tile(np.arange(97, 123, dtype=np.uint8), 4000)
@@ -145,7 +145,7 @@ def test_the_distance_grows_with_progress() -> None:
     transform = curriculum(share=1.0, weight=10.0, longest=16_384, seed=0)
     windows = np.stack([TEXT[:16_385]] * 4)
 
-    def distances(progress: float) -> list[int]:
+    def distances(progress: float, transform: Transform = transform) -> list[int]:
         found = []
         text, weights = transform(windows, 0, 0, progress)
         for row, each in zip(text, weights, strict=True):
@@ -161,6 +161,8 @@ def test_the_distance_grows_with_progress() -> None:
     assert max(distances(1.0)) > 8192
     late = distances(1.0)  # far ones do not crowd out near ones
     assert sum(d < 6 * 64 for d in late) > 0.1 * len(late)
+    at_once = curriculum(share=1.0, weight=10.0, longest=16_384, seed=0, full_at=0.0)
+    assert distances(0.0, at_once) == late
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 15, 10_000])
@@ -198,10 +200,10 @@ def test_training_plants_needles_and_repeats_itself(tmp_path: Path) -> None:
     source.write_bytes(TEXT.tobytes())
     corpus = Corpus(source)
 
-    def losses(name: str, share: float) -> list[float]:
+    def losses(name: str, share: float, full_at: float = 0.6) -> list[float]:
         settings = TrainConfig(
             out=str(tmp_path / name), device="cpu", steps=3, batch_chars=1024, lengths=((1.0, 512),),
-            val_chars=512, recall_share=share,
+            val_chars=512, recall_share=share, recall_full_at=full_at,
         )  # fmt: skip
         micro = ButterflyConfig.preset("micro")
         return train(settings, micro, corpus=corpus, val_corpus=corpus).losses
@@ -209,3 +211,4 @@ def test_training_plants_needles_and_repeats_itself(tmp_path: Path) -> None:
     planted = losses("planted", 1.0)
     assert planted == losses("again", 1.0)
     assert planted != losses("plain", 0.0)
+    assert planted != losses("far", 1.0, 0.0)

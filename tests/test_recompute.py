@@ -330,6 +330,7 @@ def test_inputs_go_to_the_host_before_segments_are_run_again() -> None:
     load = dataclasses.replace(load, fused=True)
     plan = load.plan("auto", 84_000_000_000, 128_000_000_000)
     assert plan is not None and plan.slots is None and plan.keep_projections and 0 < plan.on_host <= 49
+    assert plan.slice_rows == 65_536
     assert load.nbytes(plan) <= 72e9
     assert load.host_bytes(plan) == plan.on_host * length * 768 * 2
     fewer = dataclasses.replace(plan, on_host=plan.on_host - 1)

@@ -471,7 +471,7 @@ def test_every_run_preset_loads() -> None:
         config, model_config = load_run(path)
         assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
         longest = max(length for _, length in config.lengths)
-        assert longest <= model_config.reach_chars
+        assert longest <= model_config.num_passes * model_config.reach_chars
 
 
 def test_a_run_file_is_read_with_changes_and_its_errors_name_the_key(

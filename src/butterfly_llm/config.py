@@ -259,6 +259,9 @@ class TrainConfig:
     """Share of the windows into which facts and questions about them are planted, at growing distances."""
     recall_weight: float = 10.0
     """Weight in the loss of the characters of an answer; others have 1."""
+    recall_full_at: float = 0.6
+    """Progress (0 to 1) by which the distances have grown to the longest window. 0: from the first step, for
+    a run that goes on from a model which finds facts already."""
 
     learning_rate: float = 2e-3
     """Peak learning rate of both optimisers (Muon's updates are scaled to the size of AdamW's)."""
@@ -429,4 +432,5 @@ _TRAIN_RANGES = {
     "learning_rate": (0.0, 1e18), "decay_from": (0.0, 0.99), "final_rate": (0.0, 1.0),
     "weight_decay": (0.0, 1e18), "clip_norm": (1e-12, 1e18), "spike_bits": (0.0, 1e18),
     "checkpoint_minutes": (0.0, 1e18), "recall_share": (0.0, 1.0), "recall_weight": (1e-6, 1e6),
+    "recall_full_at": (0.0, 1.0),
 }  # fmt: skip

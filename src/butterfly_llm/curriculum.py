@@ -33,7 +33,8 @@ def curriculum(
     """A transform for `train` that plants facts and questions into a share of the windows.
 
     The reach, about how far a question stands from its fact at most, doubles at a steady pace: from 256
-    characters at the start of the run to `longest`, its longest window, at progress `full_at`. Half of the
+    characters at the start of the run to `longest`, its longest window, at progress `full_at`; 0 for all of
+    it from the start. Half of the
     windows have it, half one that is spread evenly over the powers of two below. A window gets from one pair
     to one for every 128 characters, 128 at most. In the loss an answer's characters weigh `weight`, the rest
     of a fact or question 0 (a model should answer, not write needles of its own), all others 1. A window's
@@ -48,7 +49,8 @@ def curriculum(
         count, chars = windows.shape
         out = windows.copy()
         weights = np.ones((count, chars - 1), dtype=np.float32)
-        reach = NEAREST * max(1.0, longest / NEAREST) ** min(1.0, progress / full_at)
+        grown = min(1.0, progress / full_at) if full_at else 1.0
+        reach = NEAREST * max(1.0, longest / NEAREST) ** grown
         for row in range(count):
             generator = np.random.Generator(np.random.Philox(key=[seed, step << 32 | (first + row)]))
             if generator.random() < share:

@@ -278,14 +278,13 @@ class Butterfly(nn.Module):
         """ids (B, N) -> normalised hidden states (B, N, d) in the compute dtype."""
         if ids.ndim != 2:
             raise ValueError(f"ids must be (batch, characters), not {tuple(ids.shape)}")
-        config, rows, backend = (
-            self.config,
-            self.recompute.slice_rows,
-            self.backend or default_backend(ids.device),
-        )
+        config, backend = self.config, self.backend or default_backend(ids.device)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         first_whole = len(self.routes) - self.recompute.whole
-        # Slices also bound the workspace of long texts that are only read.
+        # Slices also bound the workspace of long texts that are only read; on a GPU few, each is launched.
+        rows = self.recompute.slice_rows
+        if not torch.is_grad_enabled():
+            rows = max(rows, self.slice_chars(1))
         slicing = recompute or (not torch.is_grad_enabled() and ids.numel() > rows)
 
         angles = self._angles(0, ids)

@@ -28,6 +28,7 @@ Mode = Literal["auto", "none", "layer", "offload", "nested"]
 _FULL, _FULL_RECOMPUTING = 0.93, 0.85
 _FULL_HOST = 0.8
 _LOSS_ROWS = 131_072
+_WIDE_ROWS = 65_536  # of a slice, where every one is launched by the host
 
 
 @dataclass(frozen=True)
@@ -351,7 +352,12 @@ class Load:
             passes = self.config.num_passes + (self.config.num_extra_levels > 0)
             most = layers - (passes if self.config.carry_width else 0)
             counts = range(1, most + 1)
-            offloads = [Recompute(on_host=n, keep_projections=keep) for keep in (True, False) for n in counts]
+            offloads = [
+                Recompute(on_host=n, keep_projections=keep, slice_rows=rows)
+                for keep in (True, False)
+                for rows in (_WIDE_ROWS, Recompute.slice_rows)
+                for n in counts
+            ]
             fitting = (plan for plan in offloads if fits(plan) and (mode == "offload" or fits_host(plan)))
             if found := next(fitting, offloads[-1] if mode == "offload" else None):
                 return found
@@ -367,7 +373,8 @@ def describe(recompute: Recompute | None, num_layers: int) -> str:
     if recompute.on_host:
         return (
             f"layers are recomputed from their inputs, {recompute.on_host} of {num_layers} of which go to "
-            "the host's memory, without a CUDA graph (gradient_checkpointing offload)"
+            f"the host's memory, in slices of {recompute.slice_rows:,}, without a CUDA graph "
+            "(gradient_checkpointing offload)"
         )
     if recompute.slots is None:
         layers = f"{num_layers - recompute.whole} of {num_layers} layers"

@@ -96,12 +96,14 @@ def train(
     corpus: Corpus | None = None,
     val_corpus: Corpus | None = None,
     transform: Transform | None = None,
+    build: Callable[[ButterflyConfig], Butterfly] = Butterfly,
 ) -> TrainResult:
     """Run `config` to its end and leave checkpoints, metrics.jsonl and the finished model in `config.out`.
 
-    The corpora are those in `config.corpus` unless given. On SIGTERM or SIGINT the run writes a checkpoint at
-    the next step boundary and raises SystemExit (143 or 130); a second signal ends the process at once.
-    Of several processes the first one writes; where another one fails, it is SystemExit(2) in this one.
+    The corpora are those in `config.corpus` unless given; `build` makes the model, for twins and ablations.
+    On SIGTERM or SIGINT the run writes a checkpoint at the next step boundary and raises SystemExit (143 or
+    130); a second signal ends the process at once. Of several processes the first one writes; where another
+    one fails, it is SystemExit(2) in this one.
     ValueError for settings, data and checkpoints that do not fit; TrainingDiverged after `max_bad_steps`;
     MemoryError, with the estimate, where the device runs out on the way.
     """
@@ -112,6 +114,7 @@ def train(
                 weight=config.recall_weight,
                 longest=max(length for _, length in config.lengths),
                 seed=config.seed,
+                full_at=config.recall_full_at,
             )
         if (corpus is None or val_corpus is None) and Path(config.corpus).is_file():
             raise ValueError(
@@ -119,7 +122,7 @@ def train(
             )
         corpus = Corpus(config.corpus, "train") if corpus is None else corpus
         val_corpus = Corpus(config.corpus, "val") if val_corpus is None else val_corpus
-        return _Run(config, model_config, corpus, val_corpus, transform, members).to_its_end()
+        return _Run(config, model_config, corpus, val_corpus, transform, members, build).to_its_end()
 
 
 class _Run:
@@ -133,6 +136,7 @@ class _Run:
         val_corpus: Corpus,
         transform: Transform | None,
         members: parallel.Team,
+        build: Callable[[ButterflyConfig], Butterfly],
     ) -> None:
         config.require_shares(members.size)
         if not model_config.causal:
@@ -157,7 +161,7 @@ class _Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(config.seed)
-        self.model = Butterfly(model_config).to(self.device)
+        self.model = build(model_config).to(self.device)
         self.model.compute_dtype = torch.bfloat16 if half else torch.float32
         self.model.gradient_checkpointing = plan is not None
         self.model.recompute = plan or self.model.recompute

@@ -1,0 +1,85 @@
+"""Variants of benchmarks/recall_ablation.py: other strides, other architectures, trained and asked alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from butterfly_llm.config import ButterflyConfig
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "recall_ablation.py"
+NANO = ButterflyConfig(
+    hidden_size=32, num_heads=1, num_kv_heads=1, head_dim=32, intermediate_size=64, carry_size=8,
+    num_local_layers=1, num_passes=2, num_levels=3, num_refine_layers=1, chunk_size=16,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ablation() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("recall_ablation", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["recall_ablation"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("strides", "wanted"),
+    [
+        ("powers", [1, 2, 4, 1, 2, 4]),
+        ("descending", [4, 2, 1, 4, 2, 1]),
+        ("previous", [1, 1, 1, 1, 1, 1]),
+        ("previous between", [1, 1, 1, 2, 1, 4]),
+    ],
+)
+def test_strides_are_those_of_the_butterfly_layers(
+    ablation: ModuleType, strides: str, wanted: list[int]
+) -> None:
+    model = ablation.builder("butterfly", strides, 0)(NANO)
+    assert [route.stride for route in model.routes] == [1, *wanted, 1]
+
+
+def test_random_strides_follow_the_seed(ablation: ModuleType) -> None:
+    first, again, other = (ablation.STRIDES["random"](2, 5, seed) for seed in (0, 0, 1))
+    assert first == again and first != other
+    assert len(first) == 10 and min(first) >= 1 and max(first) < 32
+
+
+def test_variants_are_trained_and_asked(
+    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.bin").write_bytes(b"all of it is text that says a little and repeats it\n" * 60)
+    (tmp_path / "val.bin").write_bytes(b"and this is held out, which says other things anew\n" * 60)
+    sizes = ["--length", "512", "--width", "64", "--steps", "1", "--chars", "512", "--windows", "1"]
+    variants = ["previous:strides='previous'", "full attention:twin='full'"]
+    monkeypatch.setattr(
+        sys, "argv", ["x", str(tmp_path), *variants, *sizes, "--save", str(tmp_path / "rows")]
+    )
+    ablation.main()
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [row["variant"] for row in rows] == ["previous", "full attention"]
+    for row in rows:
+        assert row["chars"] == 512 and [each["distractors"] for each in row["recall"]] == [0, 15]
+    assert abs(rows[0]["parameters"] / rows[1]["parameters"] - 1) < 0.02
+
+
+@pytest.mark.parametrize("variant", ["x:strides='sideways'", "x:strides='random',twin='full'"])
+def test_what_no_variant_is_is_one_line(
+    ablation: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variant: str,
+) -> None:
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(b"text\n" * 900)
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path), variant])
+    with pytest.raises(SystemExit, match="2"):
+        ablation.main()
+    assert "a butterfly has one of powers, " in capsys.readouterr().err.splitlines()[-1]
