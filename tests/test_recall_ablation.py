@@ -7,10 +7,12 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.twins import FullAttention
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "recall_ablation.py"
 NANO = ButterflyConfig(
