@@ -63,7 +63,17 @@ def test_variants_are_trained_and_asked(
     monkeypatch.setattr(
         sys, "argv", ["x", str(tmp_path), *variants, *sizes, "--save", str(tmp_path / "rows")]
     )
+    trained = []
+
+    def train(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        trained.append(result.model)
+        return result
+
+    original = ablation.train
+    monkeypatch.setattr(ablation, "train", train)
     ablation.main()
+    assert {route.stride for route in trained[0].routes} == {1} and type(trained[1]) is FullAttention
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [row["variant"] for row in rows] == ["previous", "full attention"]
     for row in rows:
