@@ -14,7 +14,7 @@ MAX_LINES = 600
 RANKS = {
     "config": 0, "text": 0, "memory": 0, "archives": 0, "licenses": 0, "signals": 0, "terminal": 0,
     "guard": 0, "protocol": 0, "metrics": 0, "folder": 0, "tracking": 0,
-    "near_duplicates": 0, "match": 0, "parallel": 0,
+    "near_duplicates": 0, "match": 0, "parallel": 0, "continuations": 0,
     "routing": 1, "corpus": 1, "rings": 1, "modules": 1, "offload": 1,
     "data": 2, "ops": 2, "cache": 2, "recompute": 2, "carry": 2,
     "model": 3, "twins": 4,
