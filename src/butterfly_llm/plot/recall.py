@@ -33,7 +33,7 @@ def plot_recall(sources: Sequence[str | Path], path: str | Path) -> None:
         axes.grid(color=PALE)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
 
 def _read_curves(path: Path) -> list[tuple[str, dict[int, float]]]:
