@@ -10,7 +10,6 @@ so that no decision waits for the GPU; gradients are summed by NCCL, or by gloo 
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 _PATIENCE = timedelta(hours=6)  # the others wait while the first one validates and writes
-_LET_GO = 0.1  # seconds: gloo's thread lets go of its last tensor, for which it needs Python alive
 _BUCKET = 2**25  # elements summed at once: few messages, and never a second copy of all gradients
 
 
@@ -68,10 +66,12 @@ class Team:
         except RuntimeError as failure:
             if tensor.is_cuda:
                 raise
-            self.ended = True
-            time.sleep(_LET_GO)
             said = " ".join(str(failure).split())
-            raise ConnectionError(f"train: another process of this run is gone ({said:.200})") from None
+        else:
+            return
+        self.ended = True
+        # Not in the handler: as its context the failure would keep the group.
+        raise ConnectionError(f"train: another process of this run is gone ({said:.200})")
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -105,6 +105,10 @@ def team(device: str) -> Iterator[Team]:
     if size == 1:
         yield Team()
         return
+    # Its functions have the group of the moment as a default. Imported later, as an optimiser does, it would
+    # keep the group past its end; then a thread of gloo that is late with its last tensor aborts at exit.
+    from torch.distributed import nn  # noqa: F401
+
     on_gpu = device != "cpu" and torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     members = Team(dist.get_rank(), size)
@@ -125,7 +129,6 @@ def team(device: str) -> Iterator[Team]:
                 if not members.ended:
                     members.gather(0.0, failed)
     finally:
-        time.sleep(_LET_GO)
         dist.destroy_process_group()
 
 
