@@ -45,7 +45,10 @@ def main() -> None:
         include = tuple(entry.get("include", recipe["include"]))
         exclude = (*EXCLUDED_FILES, *entry.get("exclude", ()))
         rules = replace(base, include=include, exclude=exclude, max_line=entry.get("max_line", base.max_line))
-        path = fetch(entry["kind"], entry["package"], entry["version"], options.downloads)
+        try:
+            path = fetch(entry["kind"], entry["package"], entry["version"], options.downloads)
+        except (OSError, ValueError) as failure:
+            arguments.error(str(failure))
         projects.append(Project(path, name_of(entry), entry.get("license", ""), rules))
     holdout = [name_of(entry) for entry in entries if entry.get("split") == "val"]
     near = recipe.get("near_duplicates")
@@ -103,10 +106,13 @@ def fetch(kind: str, package: str, version: str, downloads: Path) -> Path:
     }[kind]
     found = sorted(folder.glob(pattern))
     if not found:
-        subprocess.run(command, cwd=folder, check=True)
+        status = subprocess.run(command, cwd=folder).returncode
         found = sorted(folder.glob(pattern))
-    if not found:
-        raise ValueError(f"{package} {version}: {' '.join(command)} left no {pattern} in {folder}")
+        if not found:
+            raise ValueError(
+                f"{package} {version}: {' '.join(command)} ended with {status} and left no {pattern} in "
+                f"{folder}; if that version is gone, put one that there is into the recipe"
+            )
     return found[0]
 
 

@@ -1,6 +1,8 @@
 """Recipes of training text: what extends what, names met once, permissive licences, a language held out."""
 
 import runpy
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -48,3 +50,18 @@ def test_a_download_already_there_is_taken(tmp_path):
     kept.parent.mkdir()
     kept.touch()
     assert fetch("npm", "@scope/name", "1.0.0", tmp_path) == kept
+
+
+def test_a_version_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "one.toml"
+    recipe.write_text(
+        'include = ["*.py"]\n[[project]]\npackage = "some"\nkind = "deb"\nversion = "1.0"\nlicense = "MIT"\n'
+    )
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 100))
+    arguments = [str(recipe), "--downloads", str(tmp_path / "kept"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["build.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        BUILD["main"]()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "some 1.0: apt-get download some=1.0 ended with 100" in said and "put one that there is" in said
+    assert not (tmp_path / "out").exists()
