@@ -73,6 +73,15 @@ def test_near_questions_are_likelier_in_mqar() -> None:
     assert (distances < LENGTH // 3).sum() > 1.5 * (distances > 2 * LENGTH // 3).sum()
 
 
+def test_many_asks_at_every_order_of_distance() -> None:
+    window, answers = MAKERS["many"](generator(1), np.tile(TEXT, 7)[: 65_536 + 1])
+    facts = [window[a.fact - 8 : a.fact].tobytes() for a in answers]
+    assert len(answers) == 64 == len(set(facts)) and all(fact.startswith(b"#KEY ") for fact in facts)
+    far = np.log2([a.distance / 64 for a in answers])  # even from 0 to 10
+    assert (far < 3).sum() > 10 and ((far >= 3) & (far < 7)).sum() > 15 and (far >= 7).sum() > 10
+    assert len(MAKERS["many"](generator(1), TEXT[: LENGTH + 1])[1]) == 4
+
+
 def test_announced_keys_stand_first() -> None:
     window, (answer,) = plant(TEXT[: LENGTH + 1], NEEDLES["announced"], generator(3), within(15))
     text = window.tobytes()

@@ -6,12 +6,13 @@ where the questions fall.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from butterfly_llm.recall import Answer, Bytes, Needles, RecallResult, evaluate_recall, score
+from butterfly_llm.recall import Answer, Bytes, Needles, RecallResult, evaluate_recall, plant, score
 
 if TYPE_CHECKING:
     from butterfly_llm.model import Butterfly
@@ -25,6 +26,8 @@ NEEDLES = {
 _LETTERS = "abcdefghijklmnop"  # the 16 symbols of induction and copying
 _LINKS = 4  # assignments in a chain of variables
 _COPIED = 16  # letters to copy
+_MANY = 64  # facts in a window, as curriculum plants on average
+_SLOT = 64  # characters that one item has
 _GAP_POWER = 0.01  # of the distribution of questions in mqar
 
 Made = tuple[Bytes, list[Answer]]
@@ -81,9 +84,8 @@ def mqar(generator: np.random.Generator, text: Bytes) -> Made:
 
 def variables(generator: np.random.Generator, text: Bytes) -> Made:
     """Lines `#VAR ab=12`, `#VAR cd=ab` .. strewn over real text; `#GET` of the last one asks for 12."""
-    slot = 64
-    slots = len(text) // slot
-    _fits(text, (_LINKS + 2) * slot, "variables")
+    slots = len(text) // _SLOT
+    _fits(text, (_LINKS + 2) * _SLOT, "variables")
     names = [f"{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in generator.choice(26**2, _LINKS + 1, False)]
     value = f"{int(generator.integers(0, 100)):02}"
     chain = [f"#VAR {name}={what}" for name, what in zip(names, (value, *names), strict=False)]
@@ -93,14 +95,30 @@ def variables(generator: np.random.Generator, text: Bytes) -> Made:
     starts = []
     for place, line in zip(places.tolist(), chain, strict=True):
         written = f"\n{line}\n".encode("latin-1")
-        start = place * slot + int(generator.integers(0, slot - len(written) + 1))
+        start = place * _SLOT + int(generator.integers(0, _SLOT - len(written) + 1))
         window[start : start + len(written)] = np.frombuffer(written, dtype=np.uint8)
         starts.append(start + len(written) - 1 - 2)
     return window, [Answer(starts[-1], starts[0], 2)]
 
 
+def many(generator: np.random.Generator, text: Bytes) -> Made:
+    """64 facts over real text, each asked once, distances spread evenly over the powers of two.
+
+    One pass over a long window asks 64 questions; each fact has 63 others beside it.
+    """
+    _fits(text, 16 * _SLOT, "many")
+
+    def place(generator: np.random.Generator, slots: int) -> tuple[int, int]:
+        distance = int(2 ** generator.uniform(0, math.log2(slots)))
+        question = int(generator.integers(distance, slots))
+        return question - distance, question
+
+    pairs = min(_MANY, len(text) // _SLOT // 4)
+    return plant(text, Needles(pairs=pairs), generator, place, _SLOT)
+
+
 MAKERS: dict[str, Make] = {
-    "variables": variables, "mqar": mqar, "induction": induction, "copying": copying
+    "many": many, "variables": variables, "mqar": mqar, "induction": induction, "copying": copying
 }  # fmt: skip
 TASKS = (*NEEDLES, *MAKERS)
 

@@ -11,7 +11,7 @@ import tyro
 from butterfly_llm.commands.common import ModelOptions, own_source
 from butterfly_llm.terminal import progress_bar
 
-Task = Literal["needle", "multikey", "uuid", "announced", "variables", "mqar", "induction", "copying"]
+Task = Literal["needle", "multikey", "uuid", "announced", "many", "variables", "mqar", "induction", "copying"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Recall:
     """Text to plant into: files, directories, archives. Default: this package's source."""
     task: Task = "needle"
     """What is asked: a planted value alone, among others or of 32 digits; key announced before the text;
-    a chain of assignments; pairs (mqar); what followed a sign (induction); strewn letters (copying)."""
+    64 values in one window (many); a chain of assignments; pairs (mqar); what followed a sign
+    (induction); strewn letters (copying)."""
     length: int = 4096
     """Characters in a window."""
     windows: int = 8
