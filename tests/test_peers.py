@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from butterfly_llm.bench import peers, twins
 from butterfly_llm.bench.peers import Subject, expected_seconds
+from butterfly_llm.checkpoint import load_pretrained
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.corpus import Corpus
 from butterfly_llm.data import prepare
@@ -133,7 +135,8 @@ def test_twins_trains_each_on_the_same_text_and_reads_held_out_text(
     )
     for module in ("fla", "fla.layers"):
         monkeypatch.setitem(sys.modules, module, None)
-    twins.main([str(corpus), *options.split(), "--val-chars", "512", "--device", "cpu", "--save", str(saved)])
+    more = ["--val-chars", "512", "--device", "cpu", "--save", str(saved), "--models", str(tmp_path / "kept")]
+    twins.main([str(corpus), *options.split(), *more])
     out = capsys.readouterr().out
     result = last_object(out)
     assert result["rows"] == json.loads(saved.read_text())["rows"]
@@ -142,6 +145,9 @@ def test_twins_trains_each_on_the_same_text_and_reads_held_out_text(
     assert (window["steps"], window["chars"], window["val_chars"], window["skipped"]) == (20, 5120, 512, 0)
     assert window["bits_per_char"] < 6 < window["curve"][0][2]  # it began at 8
     assert [place["stop"] for place in window["buckets"]] == [64]
+    kept = twins.held_out(load_pretrained(tmp_path / "kept" / "window"), Corpus(corpus, "val"), 64, 512, 2)
+    assert kept["bits_per_char"] == pytest.approx(window["bits_per_char"], abs=0.01)  # in 8 bits
+    assert os.listdir(tmp_path / "kept") == ["window"]
 
 
 def test_held_out_bits_are_those_of_the_model(corpus: Path) -> None:

@@ -27,13 +27,14 @@ from torch import Tensor
 from butterfly_llm.bench import peers, run
 from butterfly_llm.bench.isolate import Worker
 from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
+from butterfly_llm.checkpoint import save_model
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus, check_length, sample_windows, val_windows
 from butterfly_llm.evaluate import BUCKETS
 from butterfly_llm.memory import pick_device
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import learning_rate, progress_at
-from butterfly_llm.twins import TWINS
+from butterfly_llm.twins import TWINS, Twin
 
 MODULE = "butterfly_llm.bench.twins"
 _LOGITS_SLICE = 16_384  # rows whose log-probabilities are made at once
@@ -42,10 +43,13 @@ _CURVE = 100  # points of the training curve that are kept
 prepare = peers.prepare
 
 
-def train_twin(corpus: str, settings: dict[str, Any], keep: bool, val_chars: int) -> dict[str, Any]:
+def train_twin(
+    corpus: str, settings: dict[str, Any], keep: bool, val_chars: int, folder: str | None = None
+) -> dict[str, Any]:
     """Train what `prepare` made, by a TrainConfig, and say what came out.
 
-    keep: hold every activation for the backward pass, if they fit.
+    keep: hold every activation for the backward pass, if they fit. folder: for the model in 8 bits, of an
+    architecture that `load_pretrained` knows.
     """
     subject = peers.subject
     assert subject is not None
@@ -80,6 +84,8 @@ def train_twin(corpus: str, settings: dict[str, Any], keep: bool, val_chars: int
     if isinstance(gradients, CapturedLoss):
         gradients.release()
     subject.forget()
+    if folder is not None and not isinstance(model, Twin):
+        save_model(model, folder, dtype="int8", extra={"step": step, "chars": step * config.batch_chars})
     last = [bits for _, bits in curve[-max(1, step // 20) :]]
     every = max(1, step // _CURVE)
     return row | {
@@ -179,6 +185,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save", type=Path, help="keep the JSON object here, renewed after every architecture"
     )
+    parser.add_argument(
+        "--models", type=Path, help="keep butterfly and window in folders here, as load_pretrained reads them"
+    )
 
 
 def settings_of(options: argparse.Namespace) -> TrainConfig:
@@ -237,7 +246,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name, worker in workers.items():
             row = {"twin": name} | facts[name]
             if "failed" not in row:
-                row |= _outcome(worker, options, settings, left())
+                folder = None if options.models is None else str(options.models / name)
+                row |= _outcome(worker, options, settings, left(), folder)
             worker.stop()
             result["rows"].append(row)
             _say(row)
@@ -250,12 +260,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _outcome(
-    worker: Worker, options: argparse.Namespace, settings: TrainConfig, left: float
+    worker: Worker, options: argparse.Namespace, settings: TrainConfig, left: float, folder: str | None
 ) -> dict[str, Any]:
     if left < (options.seconds or 1):
         return {"failed": f"no time left of {options.within:.0f} s"}
     keep = settings.micro_chars <= options.micro
-    found = worker.ask(left, "train_twin", options.corpus, settings.to_dict(), keep, options.val_chars)
+    asked = options.corpus, settings.to_dict(), keep, options.val_chars, folder
+    found = worker.ask(left, "train_twin", *asked)
     return {"failed": found} if isinstance(found, str) else dict(found)
 
 
