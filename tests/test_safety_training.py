@@ -85,7 +85,7 @@ def other_value(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, float):
-        return value * 2 if value else 0.5
+        return value / 2 if value else 0.5
     if isinstance(value, int):
         return value * 2 if value else 1
     return {"auto": "float32", "cosine": "linear", "relu2": "swiglu", "shift": "xor_causal"}.get(value, "x")

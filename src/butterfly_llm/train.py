@@ -96,7 +96,7 @@ def train(
     corpus: Corpus | None = None,
     val_corpus: Corpus | None = None,
     transform: Transform | None = None,
-    build: Callable[[ButterflyConfig], Butterfly] = Butterfly,
+    build: Callable[[ButterflyConfig], Butterfly] | None = None,
 ) -> TrainResult:
     """Run `config` to its end and leave checkpoints, metrics.jsonl and the finished model in `config.out`.
 
@@ -136,7 +136,7 @@ class _Run:
         val_corpus: Corpus,
         transform: Transform | None,
         members: parallel.Team,
-        build: Callable[[ButterflyConfig], Butterfly],
+        build: Callable[[ButterflyConfig], Butterfly] | None,
     ) -> None:
         config.require_shares(members.size)
         if not model_config.causal:
@@ -161,7 +161,7 @@ class _Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(config.seed)
-        self.model = build(model_config).to(self.device)
+        self.model = (build or Butterfly)(model_config).to(self.device)
         self.model.compute_dtype = torch.bfloat16 if half else torch.float32
         self.model.gradient_checkpointing = plan is not None
         self.model.recompute = plan or self.model.recompute
