@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -26,9 +24,8 @@ from butterfly_llm.continuations import (
 from butterfly_llm.data import prepare
 from butterfly_llm.generate import generate
 from butterfly_llm.slots import Separate, Slots
-from conftest import random_model
+from conftest import benchmark, random_model
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "continuations.py"
 OWN = Path(continuations.__file__).read_text(encoding="utf-8")
 DOCSTRING = 'def f():\n    """Says\n'
 
@@ -165,12 +162,7 @@ def test_real_text_is_flawless_wherever_it_is_cut() -> None:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_of_continuations", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("continuations")
 
 
 def project(folder: Path, name: str, lines: int = 60) -> Path:

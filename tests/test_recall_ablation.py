@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ import pytest
 
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.twins import FullAttention
+from conftest import benchmark
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "recall_ablation.py"
 NANO = ButterflyConfig(
     hidden_size=32, num_heads=1, num_kv_heads=1, head_dim=32, intermediate_size=64, carry_size=8,
     num_local_layers=1, num_passes=2, num_levels=3, num_refine_layers=1, chunk_size=16,
@@ -23,12 +22,7 @@ NANO = ButterflyConfig(
 
 @pytest.fixture(scope="module")
 def ablation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recall_ablation", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recall_ablation"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("recall_ablation")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +48,7 @@ def test_random_strides_follow_the_seed(ablation: ModuleType) -> None:
 
 
 def test_variants_are_trained_and_asked(
-    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "train.bin").write_bytes(b"all of it is text that says a little and repeats it\n" * 60)
     (tmp_path / "val.bin").write_bytes(b"and this is held out, which says other things anew\n" * 60)

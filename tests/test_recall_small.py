@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
 from butterfly_llm.routing import hops
-
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "recall_small.py"
+from conftest import benchmark
 
 
 @pytest.fixture(scope="module")
 def small() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recall_small", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recall_small"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("recall_small")
 
 
 @pytest.mark.parametrize(("keys", "values", "chunk"), [(1, 1, 16), (2, 3, 64), (3, 1, 128)])
