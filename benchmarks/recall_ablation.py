@@ -41,15 +41,10 @@ from butterfly_llm.train import train
 # For P passes over L levels and a seed: the stride of each of the P * L butterfly layers, in chunks.
 STRIDES: dict[str, Callable[[int, int, int], list[int]]] = {
     "powers": lambda passes, levels, seed: [1 << level for level in range(levels)] * passes,
-    "descending": lambda passes, levels, seed: [1 << level for level in reversed(range(levels))] * passes,
     "previous": lambda passes, levels, seed: [1] * (passes * levels),
     "random": lambda passes, levels, seed: (
         np.random.default_rng(seed).integers(1, 1 << levels, passes * levels).tolist()
     ),
-    # One pass, and the previous chunk before each of its levels.
-    "previous between": lambda passes, levels, seed: (
-        [stride for level in range(levels) for stride in (1, 1 << level)] * passes
-    )[: passes * levels],
 }
 
 

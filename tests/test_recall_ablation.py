@@ -29,9 +29,7 @@ def ablation() -> ModuleType:
     ("strides", "wanted"),
     [
         ("powers", [1, 2, 4, 1, 2, 4]),
-        ("descending", [4, 2, 1, 4, 2, 1]),
         ("previous", [1, 1, 1, 1, 1, 1]),
-        ("previous between", [1, 1, 1, 2, 1, 4]),
     ],
 )
 def test_strides_are_those_of_the_butterfly_layers(
