@@ -104,7 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         compare(options)
-    except (ValueError, OSError) as failure:
+    except (ValueError, OSError, ModuleNotFoundError) as failure:
         parser.error(str(failure))
 
 

@@ -73,17 +73,26 @@ def test_variants_are_trained_and_asked(
     assert abs(rows[0]["parameters"] / rows[1]["parameters"] - 1) < 0.02
 
 
-@pytest.mark.parametrize("variant", ["x:strides='sideways'", "x:strides='random',twin='full'"])
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("x:strides='sideways'", "a butterfly has one of powers, "),
+        ("x:strides='random',twin='full'", "a butterfly has one of powers, "),
+        ("x:twin='mamba2'", "pip install 'butterfly-llm[peers]'"),
+    ],
+)
 def test_what_no_variant_is_is_one_line(
     ablation: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     variant: str,
+    said: str,
 ) -> None:
+    monkeypatch.setitem(sys.modules, "fla", None)
     for name in ("train.bin", "val.bin"):
         (tmp_path / name).write_bytes(b"text\n" * 900)
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path), variant])
     with pytest.raises(SystemExit, match="2"):
         ablation.main()
-    assert "a butterfly has one of powers, " in capsys.readouterr().err.splitlines()[-1]
+    assert said in capsys.readouterr().err.splitlines()[-1]
