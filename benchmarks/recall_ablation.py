@@ -2,11 +2,12 @@
 
     python benchmarks/recall_ablation.py CORPUS --steps 1800 "gated:carry_heads=0" "softmax:carry_heads=4"
     python benchmarks/recall_ablation.py CORPUS --grow 512 "xor:routing='xor_causal'" \
-        "random:strides='random'" "full attention:twin='full'"
+        "random:strides='random'" "a stride for each head:attends='heads'" "full attention:twin='full'"
 
 CORPUS is a folder with train.bin and val.bin. A variant is a name and changed settings: fields of the model,
-of the run as train.FIELD, or one of two that no model has: `twin`, another architecture with as many
-parameters (`butterfly_llm.twins`), and `strides`, the partners of the butterfly layers (`STRIDES`). Each is
+of the run as train.FIELD, or one of three that no model has: `twin`, another architecture with as many
+parameters (`butterfly_llm.twins`), `strides`, the partners of the butterfly layers (`STRIDES`), and
+`attends`, what else such a layer reads (`ATTENDS`). Each is
 trained from nothing on windows of --length characters, into all of which facts are planted (`curriculum.py`),
 then asked at every number of hops for a fact alone and for one among 15 others, in windows of each of the
 --ask lengths. A row of JSON for each goes to standard output and, with --save, to a file.
@@ -26,15 +27,19 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from butterfly_llm import twins
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
-from butterfly_llm.model import Butterfly
+from butterfly_llm.model import Butterfly, Layer
+from butterfly_llm.ops import Backend
+from butterfly_llm.ops.rope import position_table, rotate
 from butterfly_llm.recall import Needles, evaluate_recall
 from butterfly_llm.train import train
 
@@ -46,6 +51,65 @@ STRIDES: dict[str, Callable[[int, int, int], list[int]]] = {
         np.random.default_rng(seed).integers(1, 1 << levels, passes * levels).tolist()
     ),
 }
+
+
+class StrideForEachHead(Layer):
+    """Head h reads at the stride that lies h quarters of the levels (of four heads) beyond the layer's."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, stride: int, backend: Backend | None) -> Tensor:
+        levels, heads = self.config.num_levels, self.config.num_heads
+        level = stride.bit_length() - 1
+        each = []
+        for h in range(heads):
+            one_q, one_k, one_v = (x[:, :, h : h + 1].contiguous() for x in (q, k, v))
+            own = 1 << (level + h * levels // heads) % levels
+            each.append(super().attend(one_q, one_k, one_v, own, backend))
+        return torch.cat(each, 2)
+
+
+class PreviousBeside(Layer):
+    """Reads the chunk before as well as the partner, which then stands two chunks back for the positions."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, stride: int, backend: Backend | None) -> Tensor:
+        """q, k and v (B, N, H, D) -> (B, N, H, D)."""
+        if stride == 1:
+            return super().attend(q, k, v, stride, backend)
+        batch, chars, heads, size = q.shape
+        chunk = self.config.chunk_size
+        chunks = -(-chars // chunk)
+        # (B, H, C, L, D)
+        q, k, v = (
+            F.pad(x, (0, 0, 0, 0, 0, chunks * chunk - chars)).view(batch, chunks, chunk, heads, size)
+            .permute(0, 3, 1, 2, 4)
+            for x in (q, k, v)
+        )  # fmt: skip
+
+        def back(x: Tensor, by: int) -> Tensor:
+            """Chunk c - by in the place of c, zeros where there is none."""
+            return F.pad(x, (0, 0, 0, 0, by, 0))[:, :, :chunks]
+
+        def turned(x: Tensor, by: int) -> Tensor:
+            """Keys of a chunk `by` chunks back."""
+            first = -by * chunk
+            theta = self.config.rope_theta
+            return rotate(x, *position_table(first, first + 1, size, theta, x.dtype, x.device))
+
+        keys = torch.cat([turned(back(k, stride), 2), turned(back(k, 1), 1), k], 3)  # (B, H, C, 3L, D)
+        values = torch.cat([back(v, stride), back(v, 1), v], 3)
+        numbers = torch.arange(chunks, device=q.device)[:, None, None]
+        seen = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device)
+        mask = torch.cat(
+            [seen & (numbers >= stride), seen & (numbers >= 1), seen.tril().expand(chunks, -1, -1)], 2
+        )  # (C, L, 3L)
+        q, keys, values = (
+            x.transpose(1, 2).flatten(0, 1) for x in (q, keys, values)
+        )  # (B * C, H, L or 3L, D)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(batch, 1, 1)[:, None])
+        y = y.view(batch, chunks, heads, chunk, size).transpose(2, 3).flatten(1, 2)
+        return y[:, :chars]
+
+
+ATTENDS: dict[str, type[Layer]] = {"partner": Layer, "heads": StrideForEachHead, "previous": PreviousBeside}
 
 
 def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -60,13 +124,22 @@ def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return name, model, run
 
 
-def builder(twin: str, strides: str, seed: int) -> Callable[[ButterflyConfig], Butterfly]:
-    """What makes the model of a variant. ValueError for unknown strides, which a twin does not have."""
-    if strides not in STRIDES or (twin != "butterfly" and strides != "powers"):
-        raise ValueError(f"no strides {strides!r} for {twin}: a butterfly has one of {', '.join(STRIDES)}")
+def builder(
+    twin: str, strides: str, seed: int, attends: str = "partner"
+) -> Callable[[ButterflyConfig], Butterfly]:
+    """What makes the model of a variant. ValueError for unknown strides or readings; a twin has none."""
+    for field, value, known in (("strides", strides, [*STRIDES]), ("attends", attends, [*ATTENDS])):
+        if value not in known or (twin != "butterfly" and value != known[0]):
+            raise ValueError(f"no {field} {value!r} for {twin}: a butterfly has one of {', '.join(known)}")
 
     def build(config: ButterflyConfig) -> Butterfly:
         model = twins.build(twin, config)
+        if attends != "partner":
+            model.layers = nn.ModuleList(
+                ATTENDS[attends](config, reads_carry=layer.attention.read is not None)
+                if route.stage == "butterfly" else layer
+                for route, layer in zip(model.routes, cast("list[Layer]", model.layers), strict=True)
+            )  # fmt: skip
         if strides != "powers":
             found = iter(STRIDES[strides](config.num_passes, config.num_levels, seed))
             model.routes = tuple(
@@ -122,10 +195,11 @@ def compare(options: argparse.Namespace) -> None:
             carry_size=options.width // 4,
             num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2,
         )  # fmt: skip
-        own = {key: model_changes[key] for key in model_changes if key not in ("twin", "strides")}
+        own = {key: model_changes[key] for key in model_changes if key not in ("twin", "strides", "attends")}
         model_config = ButterflyConfig.from_dict(model_config.to_dict() | own)
         twin, strides = model_changes.get("twin", "butterfly"), model_changes.get("strides", "powers")
-        build = builder(twin, strides, run_changes.get("seed", 0))
+        attends = model_changes.get("attends", "partner")
+        build = builder(twin, strides, run_changes.get("seed", 0), attends)
         model_config = twins.twin_config(twin, model_config)
         lengths = growing(first, options.length)
         with tempfile.TemporaryDirectory() as out:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from butterfly_llm.cache import cache_nbytes
 from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.cli import main
 from butterfly_llm.config import ButterflyConfig
@@ -22,28 +23,72 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("passes", [None, 1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_longer_model_writes_the_same_within_the_old_reach(shape: str) -> None:
+def test_the_longer_model_writes_the_same_within_the_old_reach(shape: str, passes: int | None) -> None:
     model = random_model(ButterflyConfig.preset("micro", **SHAPES[shape]))
-    longer = extend_levels(model, 5)
-    assert longer.config == dataclasses.replace(model.config, num_levels=5)
-    assert longer.config.num_layers == model.config.num_layers + 2 * 2
+    longer = extend_levels(model, 5, passes)
+    long = {"num_long_passes": 1, "num_long_levels": 5} if passes == 1 else {"num_levels": 5}
+    assert longer.config == dataclasses.replace(model.config, **long)
+    assert longer.config.num_layers == model.config.num_layers + 2 * (passes or 2)
     assert longer.config.reach_chars == 4 * model.config.reach_chars
     ids = torch.randint(256, (2, model.config.reach_chars), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(longer(ids), model(ids), rtol=0, atol=1e-5)
     cache = longer.new_cache(2)
     torch.testing.assert_close(longer.prefill(ids, cache), model(ids)[:, -1], rtol=0, atol=1e-4)
-    # The carry of a first pass hears further at once, and later passes read it.
+    # The carry of a long pass hears further at once, and later passes read it.
     beyond = torch.randint(256, (1, 3 * model.config.reach_chars))
     same = torch.allclose(longer(beyond), model(beyond), atol=1e-4)
     assert same == (model.config.carry_size == 0)
 
 
-def test_new_layers_learn() -> None:
+def test_one_long_pass_hears_as_far_as_all_of_them() -> None:
+    """The third pass of four: a change in the first character arrives beyond the old reach, and not before
+    the model was extended."""
+    model = random_model(ButterflyConfig.preset("micro", num_passes=4, num_levels=1, num_refine_layers=0))
+    longer = extend_levels(model, 5, 1)
+    assert longer.config.pass_levels == (1, 1, 5, 1)
+    ids = torch.randint(256, (1, 300), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[0, 0] ^= 1
+    heard = 5 * 16  # a local layer and four of stride 1
+    assert torch.equal(model(ids)[0, heard + 16 :], model(other)[0, heard + 16 :])
+    assert (longer(ids)[0, 256:] != longer(other)[0, 256:]).any()
+
+
+def test_a_long_pass_is_made_longer_again() -> None:
     model = random_model(ButterflyConfig.preset("micro"))
-    longer = extend_levels(model, 4)
+    longer = extend_levels(extend_levels(model, 4, 1), 5, 1)
+    assert longer.config.pass_levels == (5, 3)
+    every = extend_levels(longer, 6)
+    assert every.config == dataclasses.replace(model.config, num_levels=6)
+    ids = torch.randint(256, (1, 120), generator=torch.Generator().manual_seed(0))
+    for each in (longer, every):
+        torch.testing.assert_close(each(ids), model(ids), rtol=0, atol=1e-5)
+
+
+def test_long_passes_stream_as_they_read() -> None:
+    model = random_model(ButterflyConfig.preset("micro", num_long_passes=1, num_long_levels=5))
+    ids = torch.randint(256, (1, 700), generator=torch.Generator().manual_seed(0))
+    whole, cache = model(ids), model.new_cache()
+    torch.testing.assert_close(model.prefill(ids[:, :600], cache), whole[:, 599], rtol=0, atol=1e-4)
+    for i in range(600, 700):
+        torch.testing.assert_close(model.step(ids[:, i], cache), whole[:, i], rtol=0, atol=1e-4)
+
+
+def test_most_of_what_a_stream_keeps_belongs_to_the_farthest_levels() -> None:
+    config = ButterflyConfig.preset("small", num_levels=13)
+    one = ButterflyConfig.preset("small", num_long_passes=1, num_long_levels=13)
+    assert one.reach_chars == config.reach_chars == 1_048_576
+    assert cache_nbytes(one, dtype=torch.bfloat16) < 0.27 * cache_nbytes(config, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("passes", [None, 1])
+def test_new_layers_learn(passes: int | None) -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    longer = extend_levels(model, 4, passes)
     new = [i for i, route in enumerate(longer.routes) if route.level == 3]
-    assert len(new) == 2 and not any(longer.layers[i].attention.out.weight.any() for i in new)
+    assert len(new) == (passes or 2) and not any(longer.layers[i].attention.out.weight.any() for i in new)
     ids = torch.randint(256, (1, 300), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(longer.parameters(), lr=3e-3)
     losses = []
@@ -63,8 +108,28 @@ def test_what_cannot_be_extended_is_refused() -> None:
     model = random_model(ButterflyConfig.preset("micro"))
     with pytest.raises(ValueError, match="the model has 3 levels, 3 are not more"):
         extend_levels(model, 3)
+    for passes in (0, 3):
+        with pytest.raises(ValueError, match=f"give 1 to 2 passes to continue, not {passes}"):
+            extend_levels(model, 5, passes)
+    with pytest.raises(ValueError, match="the model has 5 levels, 4 are not more"):
+        extend_levels(extend_levels(model, 5, 1), 4)
     with pytest.raises(ValueError, match="no whole pass"):
         extend_levels(random_model(dataclasses.replace(model.config, num_passes=0)), 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_long_passes": 3, "num_long_levels": 4}, "num_long_passes 3 is above num_passes 2"),
+        ({"num_long_passes": 1}, "1 long passes of 0 levels"),
+        ({"num_long_levels": 4}, "0 long passes of 4 levels"),
+        ({"num_long_passes": 1, "num_long_levels": 3}, "more levels than num_levels 3"),
+        ({"num_long_passes": 1, "num_long_levels": 25}, "25 levels are above 24"),
+    ],
+)
+def test_long_passes_that_make_no_sense_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ButterflyConfig.preset("micro", **changes)
 
 
 def test_export_writes_a_longer_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

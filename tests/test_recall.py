@@ -14,7 +14,7 @@ from torch import Tensor
 
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
-from butterfly_llm.curriculum import MOST_PAIRS, curriculum, plant_pairs
+from butterfly_llm.curriculum import LONG_VALUES, MOST_PAIRS, curriculum, plant_pairs
 from butterfly_llm.model import Butterfly
 from butterfly_llm.recall import Needles, at_hops, evaluate_recall, plant
 from butterfly_llm.routing import hops
@@ -181,6 +181,34 @@ def test_every_pair_that_fits_is_planted_whole(length: int, pairs: int) -> None:
         assert (weights == 0.0).sum() == 22 * len(facts)
         for key, _, start in asked:
             assert text.tobytes().index(b"#KEY " + key) < start
+
+
+@pytest.mark.parametrize("value_chars", LONG_VALUES)
+def test_long_values_weigh_together_as_much_as_short_ones(value_chars: int) -> None:
+    text, weights = TEXT[:4097].copy(), np.ones(4096, dtype=np.float32)
+    plant_pairs(text, weights, generator(), pairs=12, reach=512.0, weight=7.0, value_chars=value_chars)
+    pattern = rb"\n#%s (\w\w)=([0-9a-f]{" + str(value_chars).encode() + rb"})\n"
+    facts = dict(re.findall(pattern % b"KEY", text.tobytes()))
+    asked = [(m[1], m[2], m.start(2)) for m in re.finditer(pattern % b"GET", text.tobytes())]
+    assert len(facts) == len(asked) == 12 and all(facts[key] == value for key, value, _ in asked)
+    heavy = [start + i - 1 for *_, start in asked for i in range(value_chars)]
+    np.testing.assert_allclose(weights[heavy], 14.0 / value_chars)
+    assert (weights == 0.0).sum() == 12 * (20 + value_chars) and (weights == 1.0).sum() > 2048
+
+
+def test_a_share_of_the_windows_gets_long_values() -> None:
+    windows = np.stack([TEXT[:2049]] * 40)
+
+    def longest(share: float) -> list[int]:
+        text, _ = curriculum(share=1.0, weight=10.0, longest=2048, seed=0, long_share=share)(
+            windows, 0, 0, 1.0
+        )
+        return [max(len(m) for m in re.findall(rb"#KEY \w\w=(\w+)\n", row.tobytes())) for row in text]
+
+    assert set(longest(0.0)) == {2} and set(longest(1.0)) == set(LONG_VALUES)
+    assert 10 < longest(0.5).count(2) < 30
+    with pytest.raises(ValueError, match=r"long_share 1\.5 must lie from 0 to 1"):
+        curriculum(share=1.0, weight=10.0, longest=2048, seed=0, long_share=1.5)
 
 
 def test_a_long_window_gets_no_more_facts_than_a_chunk_has_lanes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.model import Layer
 from butterfly_llm.twins import FullAttention
 from conftest import benchmark
 
@@ -43,6 +46,46 @@ def test_random_strides_follow_the_seed(ablation: ModuleType) -> None:
     first, again, other = (ablation.STRIDES["random"](2, 5, seed) for seed in (0, 0, 1))
     assert first == again and first != other
     assert len(first) == 10 and min(first) >= 1 and max(first) < 32
+
+
+def rows(chunks: int = 8) -> list[Any]:
+    """q, k and v (1, N, H, D) of two heads in chunks of 16."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 16 * chunks, 2, 16, generator=generator) for _ in range(3)]
+
+
+def test_each_head_reads_at_its_own_stride(ablation: ModuleType) -> None:
+    config = dataclasses.replace(NANO, num_heads=2, num_kv_heads=2, head_dim=16)
+    layer, plain = ablation.StrideForEachHead(config, True), Layer(config, True)
+    q, k, v = rows()
+    y = layer.attend(q, k, v, 2, "torch")
+    # Three levels and two heads: the second head reads one level beyond the first, here at levels 1 and 2.
+    for head, stride in enumerate((2, 4)):
+        torch.testing.assert_close(y[:, :, head], plain.attend(q, k, v, stride, "torch")[:, :, head])
+    assert ablation.StrideForEachHead(config, True).attend(q, k, v, 4, "torch").shape == q.shape
+
+
+def test_the_chunk_before_is_read_beside_the_partner(ablation: ModuleType) -> None:
+    config = dataclasses.replace(NANO, num_heads=2, num_kv_heads=2, head_dim=16)
+    layer, plain = ablation.PreviousBeside(config, True), Layer(config, True)
+    q, k, v = (x[:, :-5].requires_grad_() for x in rows())
+    y = layer.attend(q, k, v, 4, "torch")
+    assert y.shape == q.shape
+    torch.testing.assert_close(layer.attend(q, k, v, 1, "torch"), plain.attend(q, k, v, 1, "torch"))
+    alone = plain.attend(q, k, v, 1, "torch")[:, :64]  # no partner yet: the chunk before only
+    torch.testing.assert_close(y[:, :64], alone)
+    gradient = torch.autograd.grad(y[0, 6 * 16 + 3].sum(), v)[0][0].abs().sum((1, 2))
+    read = set(gradient.nonzero()[:, 0].tolist())
+    assert read == {*range(2 * 16, 3 * 16), *range(5 * 16, 6 * 16), *range(6 * 16, 6 * 16 + 4)}
+
+
+@pytest.mark.parametrize("attends", ["heads", "previous"])
+def test_only_butterfly_layers_read_otherwise(ablation: ModuleType, attends: str) -> None:
+    model = ablation.builder("butterfly", "powers", 0, attends)(NANO)
+    kinds = [type(layer) for layer in model.layers]
+    assert kinds == [Layer, *[ablation.ATTENDS[attends]] * 6, Layer]
+    ids = torch.randint(256, (2, 100), generator=torch.Generator().manual_seed(0))
+    assert model.loss(ids[:, :-1], ids[:, 1:]).isfinite()
 
 
 def test_variants_are_trained_and_asked(
@@ -78,6 +121,7 @@ def test_variants_are_trained_and_asked(
     [
         ("x:strides='sideways'", "a butterfly has one of powers, "),
         ("x:strides='random',twin='full'", "a butterfly has one of powers, "),
+        ("x:attends='all'", "a butterfly has one of partner, heads, previous"),
         ("x:twin='mamba2'", "pip install 'butterfly-llm[peers]'"),
     ],
 )

@@ -122,9 +122,15 @@ def test_a_setting_may_change_if_it_is_listed_and_is_refused_by_name_otherwise(
 def test_no_field_of_the_model_may_change(settings: TrainConfig, name: str) -> None:
     old = NANO.to_dict()[name]
     new = 1 if name == "num_extra_levels" else other_value(old)
-    changes = {name: new, "num_heads": 2} if name == "num_kv_heads" else {name: new}
+    also = {  # values that only go together; the first in order is named
+        "num_kv_heads": {"num_heads": 2},
+        "num_long_passes": {"num_long_levels": 9},
+        "num_long_levels": {"num_long_passes": 1, "num_long_levels": 9},
+    }
+    changes = {name: new} | also.get(name, {})
+    named = {"num_kv_heads": "num_heads", "num_long_levels": "num_long_passes"}.get(name, name)
     state = TrainingState(Path("step-9"), NANO, {}, {}, {"train": settings.to_dict()})
-    with pytest.raises(ValueError, match=re.escape(f"model.{'num_heads' if len(changes) > 1 else name} = ")):
+    with pytest.raises(ValueError, match=re.escape(f"model.{named} = ")):
         training._refuse_changes(settings, dataclasses.replace(NANO, **changes), state)
 
 

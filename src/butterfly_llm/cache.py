@@ -26,7 +26,7 @@ Arrays = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any] | None]
 
 def routes_of(config: ButterflyConfig) -> tuple[LayerRoute, ...]:
     return schedule(
-        config.num_local_layers, config.num_butterfly_layers, config.num_levels, config.num_refine_layers
+        config.num_local_layers, config.pass_levels, config.num_extra_levels, config.num_refine_layers
     )
 
 

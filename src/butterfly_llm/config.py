@@ -39,6 +39,11 @@ class ButterflyConfig:
     """Levels in a pass: strides 1, 2, 4, ... 2**(num_levels-1) chunks. Independent of the input."""
     num_extra_levels: int = 0
     """Layers of one more, incomplete pass (13 levels in 45 layers: 3 passes and 6 extra)."""
+    num_long_passes: int = 0
+    """Of the whole passes, how many reach further: those before the last, which reads what they bring, or
+    all."""
+    num_long_levels: int = 0
+    """Levels in each of them; 0 where there are none."""
     num_refine_layers: int = 4
     """Layers at the end that read the previous chunk."""
     chunk_size: int = 128
@@ -83,8 +88,18 @@ class ButterflyConfig:
             raise ValueError(
                 f"config: carry_heads {self.carry_heads} must divide carry_size {self.carry_size}"
             )
-        if self.num_levels > 24:
-            raise ValueError(f"config: num_levels {self.num_levels} is above 24 (2 billion characters)")
+        if self.num_long_passes > self.num_passes:
+            raise ValueError(
+                f"config: num_long_passes {self.num_long_passes} is above num_passes {self.num_passes}"
+            )
+        least = self.num_levels + 1 if self.num_long_passes else 0
+        if self.num_long_levels < least or (self.num_long_levels and not self.num_long_passes):
+            raise ValueError(
+                f"config: {self.num_long_passes} long passes of {self.num_long_levels} levels: give both 0, "
+                f"or more levels than num_levels {self.num_levels}"
+            )
+        if self.max_levels > 24:
+            raise ValueError(f"config: {self.max_levels} levels are above 24 (2 billion characters)")
         if not 1 <= self.num_layers <= _MAX_LAYERS:
             raise ValueError(f"config: the model has {self.num_layers} layers; give 1 to {_MAX_LAYERS}")
         if self.routing not in ("shift", "xor", "xor_causal"):
@@ -101,8 +116,20 @@ class ButterflyConfig:
             raise ValueError(f"config: norm_eps must be above 0 and at most 1, not {self.norm_eps!r:.40}")
 
     @property
+    def max_levels(self) -> int:
+        """Of the longest pass."""
+        return max(self.num_levels, self.num_long_levels)
+
+    @property
+    def pass_levels(self) -> tuple[int, ...]:
+        """Levels of each whole pass."""
+        last = self.num_passes if self.num_long_passes == self.num_passes else self.num_passes - 1
+        long = range(last - self.num_long_passes, last)
+        return tuple(self.num_long_levels if i in long else self.num_levels for i in range(self.num_passes))
+
+    @property
     def num_butterfly_layers(self) -> int:
-        return self.num_passes * self.num_levels + self.num_extra_levels
+        return sum(self.pass_levels) + self.num_extra_levels
 
     @property
     def num_layers(self) -> int:
@@ -119,13 +146,16 @@ class ButterflyConfig:
 
     @property
     def reach_chars(self) -> int:
-        """Characters that one pass connects: chunk_size * 2**num_levels."""
-        return self.chunk_size << self.num_levels
+        """Characters that the longest pass connects: chunk_size * 2**max_levels."""
+        return self.chunk_size << self.max_levels
 
     def with_levels(self, num_levels: int) -> ButterflyConfig:
         """Passes of `num_levels` in as many layers, the last one incomplete; for a new training."""
         passes, extra = divmod(self.num_butterfly_layers, num_levels)
-        return dataclasses.replace(self, num_passes=passes, num_levels=num_levels, num_extra_levels=extra)
+        return dataclasses.replace(
+            self, num_passes=passes, num_levels=num_levels, num_extra_levels=extra, num_long_passes=0,
+            num_long_levels=0,
+        )  # fmt: skip
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ButterflyConfig:
@@ -154,9 +184,10 @@ class ButterflyConfig:
 # Far beyond any model, and small enough that refusing one takes neither time nor memory.
 _MAX_SIZE = 2**20
 _MAX_LAYERS = 512
-_MAY_BE_ZERO = frozenset(
-    {"num_local_layers", "num_passes", "num_extra_levels", "num_refine_layers", "carry_size", "carry_heads"}
-)
+_MAY_BE_ZERO = frozenset({
+    "num_local_layers", "num_passes", "num_extra_levels", "num_long_passes", "num_long_levels",
+    "num_refine_layers", "carry_size", "carry_heads",
+})  # fmt: skip
 
 PRESETS: dict[str, ButterflyConfig] = {
     # 53 layers, about 375M parameters and the carry
@@ -258,7 +289,9 @@ class TrainConfig:
     recall_share: float = 0.0
     """Share of the windows into which facts and questions about them are planted, at growing distances."""
     recall_weight: float = 10.0
-    """Weight in the loss of the characters of an answer; others have 1."""
+    """Weight in the loss of the two characters of an answer, of more ones together as much; others have 1."""
+    recall_long_share: float = 0.0
+    """Share of these windows whose answers have 4 to 32 hexadecimal digits."""
     recall_full_at: float = 0.6
     """Progress (0 to 1) by which the distances have grown to the longest window. 0: from the first step, for
     a run that goes on from a model which finds facts already."""
@@ -432,5 +465,5 @@ _TRAIN_RANGES = {
     "learning_rate": (0.0, 1e18), "decay_from": (0.0, 0.99), "final_rate": (0.0, 1.0),
     "weight_decay": (0.0, 1e18), "clip_norm": (1e-12, 1e18), "spike_bits": (0.0, 1e18),
     "checkpoint_minutes": (0.0, 1e18), "recall_share": (0.0, 1.0), "recall_weight": (1e-6, 1e6),
-    "recall_full_at": (0.0, 1.0),
+    "recall_full_at": (0.0, 1.0), "recall_long_share": (0.0, 1.0),
 }  # fmt: skip

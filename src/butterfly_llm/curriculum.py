@@ -1,8 +1,9 @@
 """Facts to be recalled, planted into the windows of a training run: near ones first, then farther ones.
 
-The lines are those of `recall`, `#KEY ab=12` and `#GET ab=12`. A window is cut into slots of 64 characters; a
-random choice of them gets an item each. Sorted by place and cut into groups of neighbours, the items of a
-group are paired at random: the size of the groups is what bounds the distance from a fact to its question.
+The lines are those of `recall`, `#KEY ab=12` and `#GET ab=12`; values can be longer, 4 to 32 hexadecimal
+digits, each of which has to be relayed. A window is cut into slots of 64 characters; a random choice of them
+gets an item each. Sorted by place and cut into groups of neighbours, the items of a group are paired at
+random: the size of the groups is what bounds the distance from a fact to its question.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 
 SLOT = 64  # characters
-ITEM = len("\n#KEY ab=12\n")
+LONG_VALUES = (4, 8, 16, 32)  # characters
 _WORDS = np.frombuffer(b"\n#KEY \n#GET ", dtype=np.uint8).reshape(2, 6)
+_DIGITS = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
 _KEYS = 26 * 26
 NEAREST = 256  # characters; the reach at the start of a run
 MOST_PAIRS = 128  # in a window: as many as a chunk of the shipped models has lanes to keep them in
@@ -29,6 +31,7 @@ def curriculum(
     longest: int,
     seed: int,
     full_at: float = 0.6,
+    long_share: float = 0.0,
 ) -> Callable[[Bytes, int, int, float], tuple[Bytes, npt.NDArray[np.float32]]]:
     """A transform for `train` that plants facts and questions into a share of the windows.
 
@@ -36,12 +39,15 @@ def curriculum(
     characters at the start of the run to `longest`, its longest window, at progress `full_at`; 0 for all of
     it from the start. Half of the
     windows have it, half one that is spread evenly over the powers of two below. A window gets from one pair
-    to one for every 128 characters, 128 at most. In the loss an answer's characters weigh `weight`, the rest
-    of a fact or question 0 (a model should answer, not write needles of its own), all others 1. A window's
-    needles follow from (seed, step, its number in the batch) and the progress alone.
+    to one for every 128 characters, 128 at most; `long_share` of these windows have long values. In the loss
+    an answer weighs as two characters of `weight`, the rest of a fact or question 0 (a model should answer,
+    not write needles of its own), all others 1. A window's needles follow from (seed, step, its number in the
+    batch) and the progress alone.
     """
-    if not 0 <= share <= 1 or weight <= 0:
-        raise ValueError(f"recall: share {share} must lie from 0 to 1 and weight {weight} above 0")
+    if not 0 <= share <= 1 or not 0 <= long_share <= 1 or weight <= 0:
+        raise ValueError(
+            f"recall: share {share} and long_share {long_share} must lie from 0 to 1, weight {weight} above 0"
+        )
 
     def transform(
         windows: Bytes, step: int, first: int, progress: float
@@ -56,7 +62,12 @@ def curriculum(
             if generator.random() < share:
                 near = reach if generator.random() < 0.5 else SLOT * (reach / SLOT) ** generator.random()
                 pairs = int(generator.integers(1, min(max(1, chars // (2 * SLOT)), MOST_PAIRS) + 1))
-                plant_pairs(out[row], weights[row], generator, pairs=pairs, reach=near, weight=weight)
+                long = long_share and generator.random() < long_share
+                chars_of_value = int(generator.choice(LONG_VALUES)) if long else 2
+                plant_pairs(
+                    out[row], weights[row], generator, pairs=pairs, reach=near, weight=weight,
+                    value_chars=chars_of_value,
+                )  # fmt: skip
         return out, weights
 
     return transform
@@ -70,11 +81,13 @@ def plant_pairs(
     pairs: int,
     reach: float,
     weight: float,
+    value_chars: int = 2,
 ) -> None:
     """Write facts and questions over `text` (N + 1,) in place, and set the weights (N,) of its targets.
 
     pairs: wanted; as many as there are slots and keys for are planted. reach: characters, about the most
-    between a fact and its question. ValueError for a window below four slots.
+    between a fact and its question. value_chars: decimal digits of a value, hexadecimal ones where there are
+    more than two. ValueError for a window below four slots.
     """
     shift = int(generator.integers(1, SLOT + 1))  # the first character is nobody's target
     slots = (len(text) - shift) // SLOT
@@ -90,15 +103,17 @@ def plant_pairs(
     places = np.sort(chosen[order].reshape(pairs, 2), 1)  # (pairs, 2): the slots of fact and question
 
     names = generator.permutation(_KEYS)[:pairs]
-    items = np.empty((pairs, 2, ITEM), dtype=np.uint8)
+    item = len("\n#KEY ab=\n") + value_chars
+    items = np.empty((pairs, 2, item), dtype=np.uint8)
     items[:, :, :6] = _WORDS
     items[:, :, 6] = 97 + names[:, None] % 26
     items[:, :, 7] = 97 + names[:, None] // 26
     items[:, :, 8] = ord("=")
-    items[:, :, 9:11] = generator.integers(48, 58, (pairs, 1, 2))
-    items[:, :, 11] = ord("\n")
-    starts = shift + places * SLOT + generator.integers(0, SLOT - ITEM + 1, places.shape)
-    at = starts[..., None] + np.arange(ITEM)  # (pairs, 2, ITEM)
+    base = 10 if value_chars == 2 else 16
+    items[:, :, 9:-1] = _DIGITS[generator.integers(0, base, (pairs, 1, value_chars))]
+    items[:, :, -1] = ord("\n")
+    starts = shift + places * SLOT + generator.integers(0, SLOT - item + 1, places.shape)
+    at = starts[..., None] + np.arange(item)  # (pairs, 2, characters of an item)
     text[at] = items
     weights[at - 1] = 0.0  # target i is text[i + 1]
-    weights[at[:, 1, 9:11] - 1] = weight
+    weights[at[:, 1, 9:-1] - 1] = weight * 2 / value_chars

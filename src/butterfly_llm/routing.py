@@ -41,22 +41,23 @@ class LayerRoute:
 
 
 def schedule(
-    num_local_layers: int, num_butterfly_layers: int, num_levels: int, num_refine_layers: int
+    num_local_layers: int, pass_levels: Sequence[int], num_extra_levels: int, num_refine_layers: int
 ) -> tuple[LayerRoute, ...]:
     """The routes of all layers, a pure function of the config (never of the sequence length).
 
-    Butterfly layer i has level `i mod num_levels`; local and refinement layers have stride 1.
+    pass_levels: of each whole pass. The layers of a pass have levels 0, 1, .., one more pass of
+    num_extra_levels is incomplete; local and refinement layers have stride 1.
     """
     routes = []
     for index in range(num_local_layers):
         routes.append(LayerRoute(index, "local", 1, 0, -1, False, False))
-    for i in range(num_butterfly_layers):
-        pass_index, level = divmod(i, num_levels)
-        routes.append(
-            LayerRoute(
-                len(routes), "butterfly", 1 << level, level, pass_index, level == 0, level == num_levels - 1
+    for pass_index, levels in enumerate((*pass_levels, num_extra_levels)):
+        whole = pass_index < len(pass_levels)
+        for level in range(levels):
+            ends = whole and level == levels - 1
+            routes.append(
+                LayerRoute(len(routes), "butterfly", 1 << level, level, pass_index, level == 0, ends)
             )
-        )
     for _ in range(num_refine_layers):
         routes.append(LayerRoute(len(routes), "refine", 1, 0, -1, False, False))
     return tuple(routes)

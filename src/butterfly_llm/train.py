@@ -115,6 +115,7 @@ def train(
                 longest=max(length for _, length in config.lengths),
                 seed=config.seed,
                 full_at=config.recall_full_at,
+                long_share=config.recall_long_share,
             )
         if (corpus is None or val_corpus is None) and Path(config.corpus).is_file():
             raise ValueError(

@@ -185,8 +185,8 @@ def _few_layers(config: ButterflyConfig) -> ButterflyConfig:
     """The same widths, and a layer of every kind."""
     passes = min(2, config.num_passes)
     return replace(
-        config, num_local_layers=2, num_passes=passes, num_levels=1, num_extra_levels=0,
-        num_refine_layers=min(1, config.num_refine_layers),
+        config, num_local_layers=2, num_passes=passes, num_levels=1, num_extra_levels=0, num_long_passes=0,
+        num_long_levels=0, num_refine_layers=min(1, config.num_refine_layers),
     )  # fmt: skip
 
 

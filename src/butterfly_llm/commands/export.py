@@ -21,6 +21,8 @@ class Export:
     """Type of the matrices; int8 takes a byte a weight and a scale for each row."""
     levels: int | None = None
     """Levels of a pass, more than it has: new layers that change nothing until they are trained."""
+    passes: int | None = None
+    """How many passes get them; one is enough to reach everything and keeps least in memory. None: all."""
 
     def run(self) -> None:
         from butterfly_llm import load_pretrained
@@ -30,6 +32,8 @@ class Export:
         if self.levels is not None:
             from butterfly_llm.extend import extend_levels
 
-            model = extend_levels(model, self.levels)
+            model = extend_levels(model, self.levels, self.passes)
+        elif self.passes is not None:
+            raise ValueError("export: --passes says which of them get more levels: give --levels too")
         save_model(model, self.out, dtype=self.dtype)
         print(self.out)

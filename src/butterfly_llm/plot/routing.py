@@ -39,7 +39,7 @@ def plot_reach(path: str | Path) -> None:
 
     path: as in `plot_routing`.
     """
-    routes = schedule(num_local_layers=4, num_butterfly_layers=45, num_levels=9, num_refine_layers=4)
+    routes = schedule(num_local_layers=4, pass_levels=[9] * 5, num_extra_levels=0, num_refine_layers=4)
     strides = [route.stride for route in routes]
     # name, routing, strides, colour, and where the name is written
     curves: tuple[tuple[str, Topology, list[int], str, tuple[float, float]], ...] = (
