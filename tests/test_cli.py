@@ -293,6 +293,17 @@ def test_prepare_train_eval_generate_in_one_go(run, tmp_path, source):
     assert code == 0 and config == ButterflyConfig.preset("micro", num_passes=1).to_dict()
 
 
+def test_facts_are_planted_into_the_held_out_text_of_a_corpus(run, checkpoint, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.py").write_text(f"# {name}\n" * 200)
+    run("prepare", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "corpus", "--holdout", "two")
+    seen = []
+    monkeypatch.setattr("butterfly_llm.tasks.evaluate_task", lambda model, task, text, **_: seen.append(text))
+    run("eval", "recall", "--model", checkpoint, tmp_path / "corpus")
+    assert seen == [(tmp_path / "corpus" / "val.bin").read_bytes()] and b"# two" in seen[0]
+
+
 def test_train_takes_preset_and_settings_as_flags(run, monkeypatch):
     seen = []
     monkeypatch.setattr("butterfly_llm.train.train", lambda *configs: seen.append(configs))

@@ -16,6 +16,7 @@ SHAPES = {
         "num_kv_heads": 1, "num_extra_levels": 1, "carry_heads": 0, "carry_size": 24,
     },
     "carry with heads": {"carry_heads": 2, "num_extra_levels": 1},
+    "long pass": {"carry_heads": 2, "num_passes": 2, "num_long_passes": 1, "num_long_levels": 4},
     "carry with three heads": {"carry_heads": 3, "carry_size": 24},
     "xor_causal, no carry": {"routing": "xor_causal", "carry_size": 0, "rope_theta": None},
 }  # fmt: skip
@@ -28,10 +29,10 @@ def text(length: int, batch: int) -> torch.Tensor:
 
 @kernels
 @pytest.mark.parametrize(
-    ("shape", "batch", "past"), list(zip(SHAPES, (1, 3, 2, 1, 2), (79, 14, 30, 65, 47), strict=True))
+    ("shape", "batch", "past"), list(zip(SHAPES, (1, 3, 2, 2, 1, 2), (79, 14, 50, 30, 65, 47), strict=True))
 )
 def test_the_fused_step_is_the_step(shape: str, batch: int, past: int) -> None:
-    model = random_model(ButterflyConfig.preset("micro", num_passes=1, **SHAPES[shape])).to(DEVICE)
+    model = random_model(ButterflyConfig.preset("micro", **{"num_passes": 1, **SHAPES[shape]})).to(DEVICE)
     model.backend = "torch"
     eager, cache = model.new_cache(batch), model.new_cache(batch)
     for each in (eager, cache):

@@ -16,6 +16,7 @@ SHAPES = {
         "num_kv_heads": 1, "num_extra_levels": 1, "carry_heads": 0, "carry_size": 24,
     },
     "carry with heads": {"carry_heads": 2, "num_extra_levels": 1},
+    "long pass": {"carry_heads": 2, "num_passes": 2, "num_long_passes": 1, "num_long_levels": 4},
     "carry with three heads": {"carry_heads": 3, "carry_size": 24},
     "xor_causal, gated, no carry": {
         "routing": "xor_causal", "feed_forward": "swiglu", "carry_size": 0, "rope_theta": None,
@@ -32,9 +33,9 @@ def text(length: int) -> torch.Tensor:
 
 
 @kernels
-@pytest.mark.parametrize(("shape", "past"), list(zip(SHAPES, (79, 14, 30, 65, 47), strict=True)))
+@pytest.mark.parametrize(("shape", "past"), list(zip(SHAPES, (79, 14, 50, 30, 65, 47), strict=True)))
 def test_the_persistent_step_is_the_step(shape: str, past: int) -> None:
-    model = random_model(ButterflyConfig.preset("micro", num_passes=1, **SHAPES[shape])).to(DEVICE)
+    model = random_model(ButterflyConfig.preset("micro", **{"num_passes": 1, **SHAPES[shape]})).to(DEVICE)
     model.backend = "torch"
     ids = text(past + 2)
     eager, cache = model.new_cache(), model.new_cache()

@@ -25,6 +25,7 @@ VARIANTS = {
     "micro": {},
     "grouped, gated, extra levels": {"num_kv_heads": 1, "feed_forward": "swiglu", "num_extra_levels": 2},
     "no carry": {"carry_size": 0},
+    "long pass": {"num_long_passes": 1, "num_long_levels": 4},
     "gated carry": {"carry_heads": 0},
     "xor": {"routing": "xor"},
 }

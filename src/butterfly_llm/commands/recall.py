@@ -19,7 +19,8 @@ class Recall:
     """Ask a model for what it has read, and count the right answers by hops and distance."""
 
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Text to plant into: files, directories, archives. Default: this package's source."""
+    """Text to plant into: files, directories, archives, or a prepared corpus, of which the validation split
+    is taken. Default: this package's source."""
     task: Task = "needle"
     """What is asked: a planted value alone, among others or of 32 digits; key announced before the text;
     64 values in one window (many); a chain of assignments; pairs (mqar); what followed a sign
@@ -37,10 +38,14 @@ class Recall:
     def run(self) -> None:
         if self.length < 512 or self.windows < 1:
             raise ValueError("eval recall: --length must be at least 512 and --windows at least 1")
+        from butterfly_llm.corpus import MANIFEST, Corpus
         from butterfly_llm.data import read_context
         from butterfly_llm.tasks import evaluate_task
 
-        text = read_context(self.files or own_source(), errors="replace").data
+        if len(self.files) == 1 and (self.files[0] / MANIFEST).is_file():
+            text = Corpus(self.files[0], "val").data.tobytes()
+        else:
+            text = read_context(self.files or own_source(), errors="replace").data
         model = self.model.load()
         with progress_bar("asking", None) as update:
             result = evaluate_task(
