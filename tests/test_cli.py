@@ -17,6 +17,7 @@ from butterfly_llm.cli import COMMANDS, main
 from butterfly_llm.config import PRESETS, ButterflyConfig, SamplingConfig, TrainConfig
 from butterfly_llm.data import prepare
 from butterfly_llm.generate import generate_text
+from butterfly_llm.recall import RecallResult
 from conftest import random_model
 
 ENVIRONMENT = {
@@ -299,8 +300,14 @@ def test_facts_are_planted_into_the_held_out_text_of_a_corpus(run, checkpoint, t
         (tmp_path / name / "text.py").write_text(f"# {name}\n" * 200)
     run("prepare", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "corpus", "--holdout", "two")
     seen = []
-    monkeypatch.setattr("butterfly_llm.tasks.evaluate_task", lambda model, task, text, **_: seen.append(text))
-    run("eval", "recall", "--model", checkpoint, tmp_path / "corpus")
+
+    def evaluate_task(model, task, text, **_):
+        seen.append(text)
+        return RecallResult(512, {}, {})
+
+    monkeypatch.setattr("butterfly_llm.tasks.evaluate_task", evaluate_task)
+    code, _, err = run("eval", "recall", "--model", checkpoint, tmp_path / "corpus")
+    assert code == 0, err
     assert seen == [(tmp_path / "corpus" / "val.bin").read_bytes()] and b"# two" in seen[0]
 
 
