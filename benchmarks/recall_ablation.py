@@ -2,12 +2,12 @@
 
     python benchmarks/recall_ablation.py CORPUS --steps 1800 "gated:carry_heads=0" "softmax:carry_heads=4"
     python benchmarks/recall_ablation.py CORPUS --grow 512 "xor:routing='xor_causal'" \
-        "random:strides='random'" "a stride for each head:attends='heads'" "full attention:twin='full'"
+        "random:strides='random'" "heads:attends='heads'" "taps:taps=true" "full attention:twin='full'"
 
 CORPUS is a folder with train.bin and val.bin. A variant is a name and changed settings: fields of the model,
-of the run as train.FIELD, or one of three that no model has: `twin`, another architecture with as many
-parameters (`butterfly_llm.twins`), `strides`, the partners of the butterfly layers (`STRIDES`), and
-`attends`, what else such a layer reads (`ATTENDS`). Each is
+of the run as train.FIELD, or one of four that no model has: `twin`, another architecture with as many
+parameters (`butterfly_llm.twins`), `strides`, the partners of the butterfly layers (`STRIDES`), `attends`,
+what else such a layer reads (`ATTENDS`), and `taps`, whether layers mix in the characters before. Each is
 trained from nothing on windows of --length characters, into all of which facts are planted (`curriculum.py`),
 then asked at every number of hops for a fact alone and for one among 15 others, in windows of each of the
 --ask lengths. A row of JSON for each goes to standard output and, with --save, to a file.
@@ -39,7 +39,7 @@ from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
 from butterfly_llm.model import Butterfly, Layer
 from butterfly_llm.ops import Backend
-from butterfly_llm.ops.rope import position_table, rotate
+from butterfly_llm.ops.rope import Angles, position_table, rotate
 from butterfly_llm.recall import Needles, evaluate_recall
 from butterfly_llm.train import train
 
@@ -109,6 +109,27 @@ class PreviousBeside(Layer):
         return y[:, :chars]
 
 
+class Taps(Layer):
+    """Mixes the three characters before into each, by learned gains that begin at zero, ahead of a layer's
+    projections: a causal depthwise convolution, as recurrent models have them. For another kind of layer."""
+
+    def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
+        super().__init__(config, reads_carry)
+        self.taps = nn.Parameter(torch.zeros(3 * config.hidden_size))
+
+    def forward(
+        self, x: Tensor, memory: Tensor | None, angles: Angles | None, stride: int, backend: Backend | None
+    ) -> Tensor:
+        mixed = x
+        for back, gain in enumerate(self.taps.to(x.dtype).chunk(3), 1):
+            mixed = mixed + gain * F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
+        lanes = None if memory is None else memory.flatten(0, 1)
+        rows = self.project(self, mixed.flatten(0, 1), lanes, angles)
+        q, k, v = (z.view(*x.shape[:2], *z.shape[1:]) for z in rows)
+        y = self.attend(q, k, v, stride, backend)
+        return self.finish(self, x.flatten(0, 1), y.flatten(0, 1), backend).view(x.shape)
+
+
 ATTENDS: dict[str, type[Layer]] = {"partner": Layer, "heads": StrideForEachHead, "previous": PreviousBeside}
 
 
@@ -125,21 +146,24 @@ def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 def builder(
-    twin: str, strides: str, seed: int, attends: str = "partner"
+    twin: str, strides: str, seed: int, attends: str = "partner", taps: bool = False
 ) -> Callable[[ButterflyConfig], Butterfly]:
-    """What makes the model of a variant. ValueError for unknown strides or readings; a twin has none."""
+    """What makes the model of a variant. ValueError for what it cannot be; a twin has no strides of its own."""
+    if taps and twin in twins.RECURRENT:
+        raise ValueError(f"no taps for {twin}, which has its own")
     for field, value, known in (("strides", strides, [*STRIDES]), ("attends", attends, [*ATTENDS])):
         if value not in known or (twin != "butterfly" and value != known[0]):
             raise ValueError(f"no {field} {value!r} for {twin}: a butterfly has one of {', '.join(known)}")
 
     def build(config: ButterflyConfig) -> Butterfly:
         model = twins.build(twin, config)
-        if attends != "partner":
-            model.layers = nn.ModuleList(
-                ATTENDS[attends](config, reads_carry=layer.attention.read is not None)
-                if route.stage == "butterfly" else layer
-                for route, layer in zip(model.routes, cast("list[Layer]", model.layers), strict=True)
-            )  # fmt: skip
+        layers = cast("list[Layer]", model.layers)
+        for i, layer in enumerate(layers):
+            kind = ATTENDS[attends] if model.routes[i].stage == "butterfly" else type(layer)
+            if taps:
+                kind = type(f"{kind.__name__}WithTaps", (Taps, kind), {})
+            if kind is not type(layer):
+                model.layers[i] = kind(config, reads_carry=layer.attention.read is not None)
         if strides != "powers":
             found = iter(STRIDES[strides](config.num_passes, config.num_levels, seed))
             model.routes = tuple(
@@ -195,11 +219,13 @@ def compare(options: argparse.Namespace) -> None:
             carry_size=options.width // 4,
             num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2,
         )  # fmt: skip
-        own = {key: model_changes[key] for key in model_changes if key not in ("twin", "strides", "attends")}
+        special = ("twin", "strides", "attends", "taps")
+        own = {key: model_changes[key] for key in model_changes if key not in special}
         model_config = ButterflyConfig.from_dict(model_config.to_dict() | own)
         twin, strides = model_changes.get("twin", "butterfly"), model_changes.get("strides", "powers")
         attends = model_changes.get("attends", "partner")
-        build = builder(twin, strides, run_changes.get("seed", 0), attends)
+        seed, taps = run_changes.get("seed", 0), model_changes.get("taps", False)
+        build = builder(twin, strides, seed, attends, taps)
         model_config = twins.twin_config(twin, model_config)
         lengths = growing(first, options.length)
         with tempfile.TemporaryDirectory() as out:

@@ -88,6 +88,31 @@ def test_only_butterfly_layers_read_otherwise(ablation: ModuleType, attends: str
     assert model.loss(ids[:, :-1], ids[:, 1:]).isfinite()
 
 
+@pytest.mark.parametrize(
+    ("twin", "attends"), [("butterfly", "partner"), ("butterfly", "previous"), ("full", "partner")]
+)
+def test_taps_mix_in_the_characters_just_before(ablation: ModuleType, twin: str, attends: str) -> None:
+    plain = ablation.builder(twin, "powers", 0, attends)(NANO)
+    model = ablation.builder(twin, "powers", 0, attends, True)(NANO)
+    assert model.num_parameters() == plain.num_parameters() + 8 * 3 * 32
+    assert all(
+        isinstance(layer, type(other)) for layer, other in zip(model.layers, plain.layers, strict=True)
+    )
+    model.load_state_dict(plain.state_dict(), strict=False)
+    layer, generator = model.layers[0], torch.Generator().manual_seed(0)
+    x = torch.randn(1, 40, 32, generator=generator)
+    asked = {"memory": None, "angles": None, "stride": 1, "backend": "torch"}
+    torch.testing.assert_close(layer(x, **asked), plain.layers[0](x, **asked))  # they begin at zero
+    with torch.no_grad():
+        layer.taps[:32] = 1.0
+        layer.attention.out.weight.normal_(generator=generator)
+    x = x.requires_grad_()
+    # Past the chunk and the one before it, only by way of the taps.
+    gradient = torch.autograd.grad(layer(x, **asked)[0, 32].sum(), x)[0][0].abs().sum(1)
+    first = 0 if twin == "full" else 15
+    assert gradient.nonzero()[0].item() == first and gradient[33:].sum() == 0
+
+
 def test_variants_are_trained_and_asked(
     ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +146,7 @@ def test_variants_are_trained_and_asked(
     [
         ("x:strides='sideways'", "a butterfly has one of powers, "),
         ("x:strides='random',twin='full'", "a butterfly has one of powers, "),
+        ("x:taps=true,twin='mamba2'", "no taps for mamba2"),
         ("x:attends='all'", "a butterfly has one of partner, heads, previous"),
         ("x:twin='mamba2'", "pip install 'butterfly-llm[peers]'"),
     ],
