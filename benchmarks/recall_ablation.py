@@ -67,15 +67,16 @@ class StrideForEachHead(Layer):
         return torch.cat(each, 2)
 
 
-class PreviousBeside(Layer):
-    """Reads the chunk before as well as the partner, which then stands two chunks back for the positions."""
+class SeveralChunks(Layer):
+    """Reads the chunks so many before that `DISTANCES[self.reads]` gives for its stride. For the positions
+    they stand one, two, three .. chunks back, the nearest first. Plain PyTorch: all keys are copied."""
+
+    reads = "previous"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, stride: int, backend: Backend | None) -> Tensor:
         """q, k and v (B, N, H, D) -> (B, N, H, D)."""
-        if stride == 1:
-            return super().attend(q, k, v, stride, backend)
         batch, chars, heads, size = q.shape
-        chunk = self.config.chunk_size
+        chunk, theta = self.config.chunk_size, self.config.rope_theta
         chunks = -(-chars // chunk)
         # (B, H, C, L, D)
         q, k, v = (
@@ -88,25 +89,31 @@ class PreviousBeside(Layer):
             """Chunk c - by in the place of c, zeros where there is none."""
             return F.pad(x, (0, 0, 0, 0, by, 0))[:, :, :chunks]
 
-        def turned(x: Tensor, by: int) -> Tensor:
-            """Keys of a chunk `by` chunks back."""
-            first = -by * chunk
-            theta = self.config.rope_theta
-            return rotate(x, *position_table(first, first + 1, size, theta, x.dtype, x.device))
-
-        keys = torch.cat([turned(back(k, stride), 2), turned(back(k, 1), 1), k], 3)  # (B, H, C, 3L, D)
-        values = torch.cat([back(v, stride), back(v, 1), v], 3)
         numbers = torch.arange(chunks, device=q.device)[:, None, None]
         seen = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device)
-        mask = torch.cat(
-            [seen & (numbers >= stride), seen & (numbers >= 1), seen.tril().expand(chunks, -1, -1)], 2
-        )  # (C, L, 3L)
-        q, keys, values = (
-            x.transpose(1, 2).flatten(0, 1) for x in (q, keys, values)
-        )  # (B * C, H, L or 3L, D)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(batch, 1, 1)[:, None])
-        y = y.view(batch, chunks, heads, chunk, size).transpose(2, 3).flatten(1, 2)
-        return y[:, :chars]
+        keys, values, masks = [k], [v], [seen.tril().expand(chunks, -1, -1)]
+        for rank, distance in enumerate(sorted(set(DISTANCES[self.reads](stride))), 1):
+            at = -rank * chunk
+            keys.append(
+                rotate(back(k, distance), *position_table(at, at + 1, size, theta, k.dtype, k.device))
+            )
+            values.append(back(v, distance))
+            masks.append(seen & (numbers >= distance))
+        mask = torch.cat(masks, 2)  # (C, L, M), M keys in all
+        q, k, v = (
+            x.transpose(1, 2).flatten(0, 1) for x in (q, torch.cat(keys, 3), torch.cat(values, 3))
+        )  # (B * C, H, L or M, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(batch, 1, 1)[:, None])
+        return y.view(batch, chunks, heads, chunk, size).transpose(2, 3).flatten(1, 2)[:, :chars]
+
+
+# For a layer's stride: how many chunks back the chunks lie that it reads.
+DISTANCES: dict[str, Callable[[int], list[int]]] = {
+    "previous": lambda stride: [1, stride],
+    "three before": lambda stride: [1, 2, 3, stride],
+    "partner and before": lambda stride: [1, stride, stride + 1],
+    "two partners": lambda stride: [1, stride, 2 * stride],
+}
 
 
 class Taps(Layer):
@@ -130,7 +137,9 @@ class Taps(Layer):
         return self.finish(self, x.flatten(0, 1), y.flatten(0, 1), backend).view(x.shape)
 
 
-ATTENDS: dict[str, type[Layer]] = {"partner": Layer, "heads": StrideForEachHead, "previous": PreviousBeside}
+ATTENDS: dict[str, type[Layer]] = {"partner": Layer, "heads": StrideForEachHead} | {
+    name: type("SeveralChunks", (SeveralChunks,), {"reads": name}) for name in DISTANCES
+}
 
 
 def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -148,7 +157,7 @@ def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
 def builder(
     twin: str, strides: str, seed: int, attends: str = "partner", taps: bool = False
 ) -> Callable[[ButterflyConfig], Butterfly]:
-    """What makes the model of a variant. ValueError for what it cannot be; a twin has no strides of its own."""
+    """What makes the model of a variant. ValueError for what it cannot be: a twin has no strides."""
     if taps and twin in twins.RECURRENT:
         raise ValueError(f"no taps for {twin}, which has its own")
     for field, value, known in (("strides", strides, [*STRIDES]), ("attends", attends, [*ATTENDS])):

@@ -65,18 +65,35 @@ def test_each_head_reads_at_its_own_stride(ablation: ModuleType) -> None:
     assert ablation.StrideForEachHead(config, True).attend(q, k, v, 4, "torch").shape == q.shape
 
 
-def test_the_chunk_before_is_read_beside_the_partner(ablation: ModuleType) -> None:
+@pytest.mark.parametrize(
+    ("attends", "distances"),
+    [
+        ("previous", [1, 4]),
+        ("three before", [1, 2, 3, 4]),
+        ("partner and before", [1, 4, 5]),
+        ("two partners", [1, 4, 8]),
+    ],
+)
+def test_other_chunks_are_read_beside_the_partner(
+    ablation: ModuleType, attends: str, distances: list[int]
+) -> None:
     config = dataclasses.replace(NANO, num_heads=2, num_kv_heads=2, head_dim=16)
-    layer, plain = ablation.PreviousBeside(config, True), Layer(config, True)
-    q, k, v = (x[:, :-5].requires_grad_() for x in rows())
+    layer, plain = ablation.ATTENDS[attends](config, True), Layer(config, True)
+    q, k, v = (x[:, :-5].requires_grad_() for x in rows(12))
     y = layer.attend(q, k, v, 4, "torch")
     assert y.shape == q.shape
-    torch.testing.assert_close(layer.attend(q, k, v, 1, "torch"), plain.attend(q, k, v, 1, "torch"))
-    alone = plain.attend(q, k, v, 1, "torch")[:, :64]  # no partner yet: the chunk before only
-    torch.testing.assert_close(y[:, :64], alone)
-    gradient = torch.autograd.grad(y[0, 6 * 16 + 3].sum(), v)[0][0].abs().sum((1, 2))
-    read = set(gradient.nonzero()[:, 0].tolist())
-    assert read == {*range(2 * 16, 3 * 16), *range(5 * 16, 6 * 16), *range(6 * 16, 6 * 16 + 4)}
+    if attends != "three before":  # no partner yet: the chunk before only
+        torch.testing.assert_close(y[:, :64], plain.attend(q, k, v, 1, "torch")[:, :64])
+    gradient = torch.autograd.grad(y[0, 9 * 16 + 3].sum(), v)[0][0].abs().sum((1, 2))
+    chunks = {i for distance in distances for i in range((9 - distance) * 16, (10 - distance) * 16)}
+    assert set(gradient.nonzero()[:, 0].tolist()) == chunks | set(range(9 * 16, 9 * 16 + 4))
+
+
+def test_with_a_stride_of_one_the_chunk_before_is_read_once(ablation: ModuleType) -> None:
+    config = dataclasses.replace(NANO, num_heads=2, num_kv_heads=2, head_dim=16)
+    q, k, v = rows()
+    y = ablation.ATTENDS["previous"](config, True).attend(q, k, v, 1, "torch")
+    torch.testing.assert_close(y, Layer(config, True).attend(q, k, v, 1, "torch"))
 
 
 @pytest.mark.parametrize("attends", ["heads", "previous"])
@@ -147,7 +164,7 @@ def test_variants_are_trained_and_asked(
         ("x:strides='sideways'", "a butterfly has one of powers, "),
         ("x:strides='random',twin='full'", "a butterfly has one of powers, "),
         ("x:taps=true,twin='mamba2'", "no taps for mamba2"),
-        ("x:attends='all'", "a butterfly has one of partner, heads, previous"),
+        ("x:attends='all'", "a butterfly has one of partner, heads, previous, three before"),
         ("x:twin='mamba2'", "pip install 'butterfly-llm[peers]'"),
     ],
 )

@@ -133,8 +133,9 @@ def test_float16_matches_the_reference(case: Case, poisoned: None) -> None:
 
 
 @kernels
-def test_chunks_of_128(poisoned: None) -> None:
-    check(Case("shift", 128 + 65, 128, 1, head_dim=64), torch.float16)
+@pytest.mark.parametrize("chunk_size", [128, 256])
+def test_large_chunks(chunk_size: int, poisoned: None) -> None:
+    check(Case("shift", chunk_size + 65, chunk_size, 1, head_dim=64), torch.float16)
 
 
 @kernels

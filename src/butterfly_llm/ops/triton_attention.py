@@ -23,7 +23,7 @@ from butterfly_llm.ops.rope import rope_table
 from butterfly_llm.routing import Topology
 
 HEAD_DIMS = (32, 64, 128)
-CHUNK_SIZES = (16, 32, 64, 128)
+CHUNK_SIZES = (16, 32, 64, 128, 256)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
