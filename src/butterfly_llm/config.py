@@ -46,6 +46,8 @@ class ButterflyConfig:
     """Levels in each of them; 0 where there are none."""
     num_refine_layers: int = 4
     """Layers at the end that read the previous chunk."""
+    local_chunks: int = 0
+    """Chunks just before its own that each chunk reads in every layer, beside its partner."""
     chunk_size: int = 128
     """Characters in a chunk."""
     carry_size: int = 64
@@ -97,6 +99,10 @@ class ButterflyConfig:
             raise ValueError(
                 f"config: {self.num_long_passes} long passes of {self.num_long_levels} levels: give both 0, "
                 f"or more levels than num_levels {self.num_levels}"
+            )
+        if self.local_chunks > 8 or (self.local_chunks and self.routing == "xor"):
+            raise ValueError(
+                f"config: local_chunks {self.local_chunks} must be at most 8, and 0 for routing xor"
             )
         if self.max_levels > 24:
             raise ValueError(f"config: {self.max_levels} levels are above 24 (2 billion characters)")
@@ -186,7 +192,7 @@ _MAX_SIZE = 2**20
 _MAX_LAYERS = 512
 _MAY_BE_ZERO = frozenset({
     "num_local_layers", "num_passes", "num_extra_levels", "num_long_passes", "num_long_levels",
-    "num_refine_layers", "carry_size", "carry_heads",
+    "num_refine_layers", "local_chunks", "carry_size", "carry_heads",
 })  # fmt: skip
 
 PRESETS: dict[str, ButterflyConfig] = {
