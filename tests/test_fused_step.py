@@ -17,6 +17,7 @@ SHAPES = {
     },
     "carry with heads": {"carry_heads": 2, "num_extra_levels": 1},
     "long pass": {"carry_heads": 2, "num_passes": 2, "num_long_passes": 1, "num_long_levels": 4},
+    "local chunks": {"carry_heads": 2, "num_passes": 1, "local_chunks": 2},
     "carry with three heads": {"carry_heads": 3, "carry_size": 24},
     "xor_causal, no carry": {"routing": "xor_causal", "carry_size": 0, "rope_theta": None},
 }  # fmt: skip
@@ -29,7 +30,8 @@ def text(length: int, batch: int) -> torch.Tensor:
 
 @kernels
 @pytest.mark.parametrize(
-    ("shape", "batch", "past"), list(zip(SHAPES, (1, 3, 2, 2, 1, 2), (79, 14, 50, 30, 65, 47), strict=True))
+    ("shape", "batch", "past"),
+    list(zip(SHAPES, (1, 3, 2, 2, 2, 1, 2), (79, 14, 50, 90, 30, 65, 47), strict=True)),
 )
 def test_the_fused_step_is_the_step(shape: str, batch: int, past: int) -> None:
     model = random_model(ButterflyConfig.preset("micro", **{"num_passes": 1, **SHAPES[shape]})).to(DEVICE)

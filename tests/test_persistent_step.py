@@ -113,6 +113,7 @@ def test_what_it_cannot_step_is_named() -> None:
     assert reason() is None
     assert reason(2) == "it steps one stream, not 2"
     assert reason(intermediate_size=200) == "intermediate_size 200 is no multiple of 16"
+    assert reason(local_chunks=1) == "its kernel reads no chunks beside the partner"
     assert reason(chunk_size=24) == "chunk_size 24 is no power of two"
     model = random_model(ButterflyConfig.preset("micro", carry_size=12))
     with pytest.raises(ValueError, match="persistent step: carry_size 12 is no multiple of 8"):

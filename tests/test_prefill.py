@@ -19,8 +19,8 @@ HEADS, KV_HEADS, HEAD_DIM, CHUNK = 2, 1, 32, 16
 Rings = tuple[Ring, Ring]
 
 
-def empty(stride: int, dtype: torch.dtype = torch.float32) -> Rings:
-    shape = (2, KV_HEADS, stride + 1, CHUNK, HEAD_DIM)
+def empty(stride: int, dtype: torch.dtype = torch.float32, local: int = 0) -> Rings:
+    shape = (2, KV_HEADS, max(stride, local) + 1, CHUNK, HEAD_DIM)
     return Ring(torch.zeros(shape, dtype=dtype, device=DEVICE)), Ring(
         torch.zeros(shape, dtype=dtype, device=DEVICE)
     )
@@ -33,10 +33,14 @@ def characters(count: int, seed: int) -> list[Tensor]:
     return list(fused.split([HEADS, KV_HEADS, KV_HEADS], 2))
 
 
-def read(rings: Rings, twins: Rings, parts: list[int], stride: int, topology: Topology) -> None:
+def read(
+    rings: Rings, twins: Rings, parts: list[int], stride: int, topology: Topology, local: int = 0
+) -> None:
     """Slices one after the other into both, compared after each."""
     position = 0
-    options: dict[str, Any] = {"stride": stride, "topology": topology, "rope_theta": 10000.0}
+    options: dict[str, Any] = {
+        "stride": stride, "topology": topology, "rope_theta": 10000.0, "local": local
+    }  # fmt: skip
     for seed, count in enumerate(parts):
         inputs = characters(count, seed)
         got = prefill_attention_triton(*inputs, rings, position=position, **options)
@@ -61,8 +65,10 @@ def read(rings: Rings, twins: Rings, parts: list[int], stride: int, topology: To
     ],
     ids=str,
 )
-def test_slices_of_a_stream(topology: Topology, stride: int, parts: list[int]) -> None:
-    read(empty(stride), empty(stride), parts, stride, topology)
+@pytest.mark.parametrize("local", [0, 1, 3])
+def test_slices_of_a_stream(topology: Topology, stride: int, parts: list[int], local: int) -> None:
+    rings, twins = (empty(stride, local=local) for _ in range(2))
+    read(rings, twins, parts, stride, topology, local)
 
 
 @kernels

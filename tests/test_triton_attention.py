@@ -36,11 +36,12 @@ class Case:
     head_dim: int = 32
     batch: int = 1
     theta: float | None = 10000.0
+    local: int = 0
 
     def options(self) -> dict[str, Any]:
         return {
             "stride": self.stride, "topology": self.topology,
-            "chunk_size": self.chunk_size, "rope_theta": self.theta,
+            "chunk_size": self.chunk_size, "rope_theta": self.theta, "local": self.local,
         }  # fmt: skip
 
 
@@ -64,8 +65,17 @@ CASES = [
     Case("xor_causal", 17, 16, 1, batch=2),
     Case("xor_causal", 63, 16, 2, heads=2, kv_heads=1),
     Case("xor_causal", 129, 32, 1, head_dim=128),
+    Case("shift", 63, 16, 1, heads=2, kv_heads=1, local=1),
+    Case("shift", 97, 16, 4, heads=2, kv_heads=1, batch=2, local=1),
+    Case("shift", 112, 16, 2, local=3, theta=None),
+    Case("shift", 100, 16, 4, heads=2, kv_heads=2, local=2),
+    Case("shift", 40, 16, 1 << 40, local=1),
+    Case("xor_causal", 64, 16, 2, heads=2, kv_heads=2, local=1),
 ]
-NAMES = [f"{c.topology}-{c.length}-chunk{c.chunk_size}-stride{c.stride}" for c in CASES]
+NAMES = [
+    f"{c.topology}-{c.length}-chunk{c.chunk_size}-stride{c.stride}" + f"-local{c.local}" * (c.local > 0)
+    for c in CASES
+]
 
 
 def make(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -176,7 +186,7 @@ def test_operator_contract() -> None:
     """Schema, fake shapes and strides, autograd registration."""
     case = Case("shift", 17, 16, 1)
     q, k, v = (x.detach().requires_grad_() for x in split(make(case, torch.float32)[0], case))
-    torch.library.opcheck(torch.ops.butterfly.attention_fwd.default, (q, k, v, 1, "shift", 16, 10000.0))
+    torch.library.opcheck(torch.ops.butterfly.attention_fwd.default, (q, k, v, 1, "shift", 16, 10000.0, 1))
 
 
 @kernels

@@ -52,7 +52,12 @@ def built(
 
 
 def compiled(
-    which: triton_attention.Pass, capability: int, kilobytes: int, head_dim: int, stream: bool = False
+    which: triton_attention.Pass,
+    capability: int,
+    kilobytes: int,
+    head_dim: int,
+    stream: bool = False,
+    local: int = 0,
 ) -> Any:
     """A kernel of the attention, with the tiles of a card."""
     from butterfly_llm.ops import triton_kernels
@@ -60,6 +65,7 @@ def compiled(
     cut = triton_attention.tiles(which, torch.float16, head_dim, 128, kilobytes * 1024)
     constants = SHAPE | {
         "D": head_dim, "BLOCK_M": cut.block_m, "BLOCK_N": cut.block_n, "STAGES": cut.num_stages,
+        "LOCAL": local,
         **({"STREAM": stream} if which == "forward" else {}),
     }  # fmt: skip
     return built(getattr(triton_kernels, f"{which}_kernel"), capability, cut, constants)
@@ -74,14 +80,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "which, capability, kilobytes",
     [("key_gradient", 75, 64), ("forward", 120, 99), ("query_gradient", 120, 99), ("key_gradient", 120, 99)],
 )
-def test_tiles_fit_small_cards(which: triton_attention.Pass, capability: int, kilobytes: int) -> None:
-    found = compiled(which, capability, kilobytes, 128)
+@pytest.mark.parametrize("local", [0, 1])
+def test_tiles_fit_small_cards(
+    which: triton_attention.Pass, capability: int, kilobytes: int, local: int
+) -> None:
+    found = compiled(which, capability, kilobytes, 128, local=local)
     assert 0 < found.metadata.shared <= kilobytes * 1024
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_three_programs_share_a_hopper_multiprocessor(stream: bool) -> None:
-    found = compiled("forward", 90, 227, 64, stream)
+@pytest.mark.parametrize(("stream", "local"), [(False, 0), (True, 0), (False, 1), (True, 2)])
+def test_three_programs_share_a_hopper_multiprocessor(stream: bool, local: int) -> None:
+    found = compiled("forward", 90, 227, 64, stream, local)
     assert 0 < 3 * (found.metadata.shared + 1024) <= 228 * 1024
     assert "wgmma" in found.asm["ptx"]
     assert "cp.async" in found.asm["ptx"]

@@ -56,9 +56,14 @@ def one_by_one(
 
 @kernels
 @pytest.mark.parametrize("topology", ["shift", "xor_causal"])
-@pytest.mark.parametrize("stride, slots", [(1, 2), (4, 5), (4, 2), (1 << 40, 2)])
+@pytest.mark.parametrize(
+    "stride, slots, local",
+    [(1, 2, 0), (4, 5, 0), (4, 2, 0), (1 << 40, 2, 0), (1, 2, 1), (4, 5, 1), (4, 4, 2), (2, 4, 3)],
+)
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_streams_at_different_positions(topology: Topology, stride: int, slots: int, kv_heads: int) -> None:
+def test_streams_at_different_positions(
+    topology: Topology, stride: int, slots: int, local: int, kv_heads: int
+) -> None:
     torch.manual_seed(stride % 97 + kv_heads)
     positions = [0, 15, 16, 37, 1000, 70_001]
     dtype = torch.float32
@@ -68,7 +73,9 @@ def test_streams_at_different_positions(topology: Topology, stride: int, slots: 
     got_ring = rings(len(positions), kv_heads, slots, dtype)
     want_ring = (got_ring[0].double(), got_ring[1].double())
     before = got_ring[0].clone()
-    options: dict[str, Any] = {"stride": stride, "topology": topology, "rope_theta": 10000.0}
+    options: dict[str, Any] = {
+        "stride": stride, "topology": topology, "rope_theta": 10000.0, "local": local
+    }  # fmt: skip
     position = torch.tensor(positions, device=DEVICE)
     got = step_attention_triton(q, k, v, got_ring, position=position, **options)
     want = one_by_one(q, k, v, want_ring, positions, **options)
@@ -101,7 +108,7 @@ def test_a_whole_stream_with_rings_in_half_precision() -> None:
 def test_operator_contract_of_a_step() -> None:
     q, k, v = (torch.randn(2, 2, HEAD_DIM, device=DEVICE) for _ in range(3))
     position = torch.tensor([3, 20], device=DEVICE)
-    arguments = (q, k, v, *rings(2, 2, 2, torch.float32), position, 1, "shift", 10000.0)
+    arguments = (q, k, v, *rings(2, 2, 2, torch.float32), position, 1, "shift", 10000.0, 0)
     torch.library.opcheck(torch.ops.butterfly.attention_step.default, arguments)
 
 

@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention over the own and the partner chunk, then feed-forward."""
+    """Pre-norm attention over the own and the partner chunk, and chunks just before, then feed-forward."""
 
     def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
         super().__init__()
@@ -120,6 +120,7 @@ class Layer(nn.Module):
             rope_theta=self.config.rope_theta,
             backend=backend,
             rotated=True,
+            local=self.config.local_chunks,
         )
 
     def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -154,6 +155,7 @@ class Layer(nn.Module):
             stride=stride,
             topology=self.config.routing,
             rope_theta=self.config.rope_theta,
+            local=self.config.local_chunks,
         )
         return self.finish(self, rows, y.reshape(-1, *y.shape[-2:]), backend).view(x.shape)
 

@@ -28,6 +28,8 @@ def unsupported(config: ButterflyConfig, cache: Cache) -> str | None:
     for name in ("hidden_size", "head_dim", "intermediate_size"):
         if getattr(config, name) % 16:
             return f"{name} {getattr(config, name)} is no multiple of 16"
+    if config.local_chunks:
+        return "its kernel reads no chunks beside the partner"
     if config.carry_size % 8:
         return f"carry_size {config.carry_size} is no multiple of 8"
     for name in ("head_dim", "chunk_size"):

@@ -285,7 +285,8 @@ class Load:
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         wide = (5 if config.feed_forward == "swiglu" else 3) * config.intermediate_size
         layer = 5 * hidden + 8 * queries + wide + 6 * carry
-        copies = 0 if self.fused else 4 * queries + 8 * keys  # chunk by chunk, own and partner side by side
+        # Chunk by chunk, own, partner and local ones side by side.
+        copies = 0 if self.fused else 4 * queries + 4 * (2 + config.local_chunks) * keys
         layer += copies // 2
         if self.compiled:
             layer = layer * 4 // 5  # `small`, 131,072 characters: 76.7 GB were measured, 76 are estimated

@@ -37,7 +37,8 @@ MODULE = "butterfly_llm.bench.ops"  # by name: run with -m this file is __main__
 HEADS, HEAD_DIM, CHUNK, STRIDE = 12, 64, 128, 32
 SHORT, LONG = 1 << 16, 1 << 20
 OPTIONS: dict[str, Any] = {
-    "stride": STRIDE, "topology": "shift", "chunk_size": CHUNK, "rope_theta": 10000.0
+    "stride": STRIDE, "topology": "shift", "chunk_size": CHUNK, "rope_theta": 10000.0,
+    "local": 0,
 }  # fmt: skip
 
 # Variants, as the arguments of Tiles: queries, keys, warps, stages, the most registers of a thread.

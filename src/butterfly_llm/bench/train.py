@@ -36,7 +36,9 @@ NOMINAL = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090":
 def step_operations(model: Butterfly) -> float:
     """Of one training step, for each character: forward once and backward twice as much."""
     config = model.config
-    keys = 1.5 * config.chunk_size * config.num_layers  # half of the own chunk, all of the partner
+    # Half of the own chunk, all of the local ones and of a partner that is none of them.
+    chunks = sum(0.5 + config.local_chunks + (route.stride > config.local_chunks) for route in model.routes)
+    keys = chunks * config.chunk_size
     weights = model.num_parameters() - model.embed.weight.numel()
     return 6 * weights + 12 * keys * config.num_heads * config.head_dim
 

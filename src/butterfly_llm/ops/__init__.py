@@ -59,6 +59,7 @@ def butterfly_attention(
     backend: Backend | None = None,
     topology: Topology | None = None,
     rotated: bool = False,
+    local: int = 0,
 ) -> Tensor:
     """Each chunk attends to itself and to one partner chunk (design, sections 2 and 5).
 
@@ -68,6 +69,7 @@ def butterfly_attention(
     topology: names the partner rule outright ("xor_causal" has no other name).
     rope_theta: None switches the pair-relative rotation off.
     rotated: q and k come rotated by their offset in the chunk, as `rope.rotate_rows` does it.
+    local: so many chunks just before its own are read as well; not where the topology is xor.
     ValueError for shapes that do not fit and for unknown or unavailable backends.
     """
     if topology is None:
@@ -84,13 +86,15 @@ def butterfly_attention(
         )
     if stride < 1 or (topology != "shift" and stride & (stride - 1)):
         raise ValueError(f"butterfly_attention: stride {stride} must be at least 1, for xor a power of two")
+    if local < 0 or (local and topology == "xor"):
+        raise ValueError(f"butterfly_attention: local {local} must be at least 0, and 0 for xor")
     chosen = backend or default_backend(q.device)
     if chosen not in _RUN:
         raise ValueError(f"unknown backend {chosen!r}: choose one of {', '.join(_RUN)}")
     if not rotated:
         q, k = (_rotated(x, chunk_size, rope_theta) for x in (q, k))
     return _RUN[chosen](
-        q, k, v, stride=stride, topology=topology, chunk_size=chunk_size, rope_theta=rope_theta
+        q, k, v, stride=stride, topology=topology, chunk_size=chunk_size, rope_theta=rope_theta, local=local
     )
 
 

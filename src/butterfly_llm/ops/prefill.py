@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,7 @@ def prefill_attention_triton(
     stride: int,
     topology: Topology,
     rope_theta: float | None,
+    local: int = 0,
 ) -> Tensor:
     """`prefill_attention` on a GPU. Nothing is copied but what the rings take in; the host waits for nothing.
 
@@ -38,8 +41,12 @@ def prefill_attention_triton(
     chunks = -(-q.shape[1] // chunk_size)
     before = range(max(0, first - stride), max(0, first - stride + min(chunks, stride)))
     (keys, turn), (values, _) = (ring.slots_of(before) for ring in rings)
+    past = Past(keys, values, first, turn)
+    if local:
+        (keys, turn), (values, _) = (ring.slots_of(range(max(0, first - local), first)) for ring in rings)
+        past = replace(past, near=(keys, values, turn))
     y = slice_attention_triton(
-        q, k, v, Past(keys, values, first, turn), stride=stride, topology=topology, rope_theta=rope_theta
+        q, k, v, past, stride=stride, topology=topology, rope_theta=rope_theta, local=local
     )[:, front:]
     for x, ring in zip((k, v), rings, strict=True):
         skipped, x = last_chunks(x, chunk_size, ring)

@@ -100,12 +100,14 @@ def _shared_limit(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def _chunk_turn(chunk_size: int, head_dim: int, theta: float | None, device: torch.device) -> Tensor:
-    """cos and sin (2, D / 2) float32 of a whole chunk."""
+def _chunk_turns(
+    chunk_size: int, head_dim: int, theta: float | None, local: int, device: torch.device
+) -> Tensor:
+    """cos and sin (local + 1, 2, D / 2) float32 of one whole chunk, of two, .."""
     with torch.inference_mode(False):
-        at = torch.tensor([chunk_size], device=device)
+        at = chunk_size * torch.arange(1, local + 2, device=device)
         cos, sin = rope_table(at, head_dim, theta, torch.float32)
-        return torch.stack([cos[0, 0, head_dim // 2 :], sin[0, 0, head_dim // 2 :]]).contiguous()
+        return torch.stack([cos[:, 0, head_dim // 2 :], sin[:, 0, head_dim // 2 :]], 1).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -127,10 +129,27 @@ class Past:
     values: Tensor
     first: int  # number of the slice's first chunk
     turn: int  # chunk p lies in slot (p + turn) mod S
+    near: tuple[Tensor, Tensor, int] | None = None  # keys, values, turn of the local chunks; None: the same
 
     def arguments(self) -> list[Any]:
-        strides = self.keys.stride()
-        return [self.keys, self.values, *strides[:2], self.first, self.keys.shape[2], self.turn]
+        keys, values, turn = self.near or (self.keys, self.values, self.turn)
+        strides, near = self.keys.stride(), keys.stride()
+        return [
+            self.keys, self.values, *strides[:2], self.first, self.keys.shape[2], self.turn,
+            keys, values, *near[:2], keys.shape[2], turn,
+        ]  # fmt: skip
+
+    def contiguous(self) -> Past:
+        """The same where each stream's part is contiguous, keys and values laid out alike."""
+        keys, values = _alike(self.keys, self.values)
+        near = None if self.near is None else (*_alike(*self.near[:2]), self.near[2])
+        return replace(self, keys=keys, values=values, near=near)
+
+
+def _alike(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    if keys[0].is_contiguous() and values.stride() == keys.stride():
+        return keys, values
+    return keys.contiguous(), values.contiguous()
 
 
 def _launch(
@@ -143,6 +162,7 @@ def _launch(
     topology: str,
     chunk_size: int,
     rope_theta: float | None,
+    local: int = 0,
     past: Past | None = None,
 ) -> None:
     """Run one kernel over every (block, head, batch). `strided` are the tensors whose strides it takes."""
@@ -166,7 +186,7 @@ def _launch(
     with torch.cuda.device_of(tensors[0]):  # type: ignore[no-untyped-call]
         kernel[(programs,)](
             *tensors,
-            _chunk_turn(chunk_size, head_dim, rope_theta, device),
+            _chunk_turns(chunk_size, head_dim, rope_theta, local, device),
             *_strides(strided),
             length,
             num_chunks,
@@ -184,6 +204,7 @@ def _launch(
             TOPOLOGY=topology,
             WHOLE=length % chunk_size == 0,
             STAGES=cut.num_stages,
+            LOCAL=local,
             **({"STREAM": past is not None} if which == "forward" else {}),
             num_warps=cut.num_warps,
             num_stages=cut.num_stages,
@@ -193,7 +214,14 @@ def _launch(
 
 @torch.library.custom_op("butterfly::attention_fwd", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, stride: int, topology: str, chunk_size: int, rope_theta: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stride: int,
+    topology: str,
+    chunk_size: int,
+    rope_theta: float | None,
+    local: int,
 ) -> tuple[Tensor, Tensor]:
     """o (B, N, H, D) and the binary logarithm of each row's softmax denominator, (B, H, N) float32."""
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -202,7 +230,8 @@ def _forward(
     lse = q.new_empty((batch, num_heads, length), dtype=torch.float32)
     shape = (batch, length, num_heads, k.shape[2], head_dim)
     options: dict[str, Any] = {
-        "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
+        "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta,
+        "local": local,
     }  # fmt: skip
     _launch("forward", [q, k, v, o, lse], [q, k, v], shape, **options)
     return o, lse
@@ -210,7 +239,14 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, stride: int, topology: str, chunk_size: int, rope_theta: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stride: int,
+    topology: str,
+    chunk_size: int,
+    rope_theta: float | None,
+    local: int,
 ) -> tuple[Tensor, Tensor]:
     batch, length, num_heads, head_dim = q.shape
     o = q.new_empty((batch, length, num_heads, head_dim))
@@ -229,6 +265,7 @@ def _backward(
     topology: str,
     chunk_size: int,
     rope_theta: float | None,
+    local: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq (B, N, H, D), dk and dv (B, N, K, D), from the gradient of o."""
     grad, q, k, v = _rows(grad), _rows(q), _rows(k), _rows(v)
@@ -239,7 +276,8 @@ def _backward(
     dk, dv = (q.new_empty((batch, length, num_kv_heads, head_dim)) for _ in range(2))
     shape = (batch, length, num_heads, num_kv_heads, head_dim)
     options: dict[str, Any] = {
-        "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta
+        "stride": stride, "topology": topology, "chunk_size": chunk_size, "rope_theta": rope_theta,
+        "local": local,
     }  # fmt: skip
     delta = torch.empty_like(lse)
     _launch("query_gradient", [q, k, v, o, grad, lse, delta, dq], [q, k, v, grad], shape, **options)
@@ -259,6 +297,7 @@ def _(
     topology: str,
     chunk_size: int,
     rope_theta: float | None,
+    local: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(tuple(q.shape)), k.new_empty(tuple(k.shape)), v.new_empty(tuple(v.shape))
 
@@ -271,9 +310,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     q, k, v, o, lse = ctx.saved_tensors
-    return (*_backward(grad, q, k, v, o, lse, *ctx.options), None, None, None, None)
+    return (*_backward(grad, q, k, v, o, lse, *ctx.options), *(None,) * 5)
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -288,6 +327,7 @@ def butterfly_attention_triton(
     topology: Topology,
     chunk_size: int,
     rope_theta: float | None,
+    local: int = 0,
 ) -> Tensor:
     """q (B, N, H, D), k and v (B, N, K, D) -> (B, N, H, D) contiguous; differentiable once, deterministic.
 
@@ -297,7 +337,7 @@ def butterfly_attention_triton(
     ImportError without Triton; ValueError for a device, dtype, head or chunk size that has no kernel.
     """
     _require_kernel(q, k, v, chunk_size)
-    return cast(Tensor, _forward(q, k, v, stride, topology, chunk_size, rope_theta)[0])
+    return cast(Tensor, _forward(q, k, v, stride, topology, chunk_size, rope_theta, local)[0])
 
 
 def slice_attention_triton(
@@ -309,6 +349,7 @@ def slice_attention_triton(
     stride: int,
     topology: Topology,
     rope_theta: float | None,
+    local: int = 0,
 ) -> Tensor:
     """`butterfly_attention_triton` of a slice of a causal stream, from a chunk's start; no gradients.
 
@@ -317,15 +358,14 @@ def slice_attention_triton(
     chunk_size = past.keys.shape[3]
     _require_kernel(q, k, v, chunk_size)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    keys, values = past.keys, past.values
-    if not keys[0].is_contiguous() or values.stride() != keys.stride():
-        past = replace(past, keys=keys.contiguous(), values=values.contiguous())
+    past = past.contiguous()
     batch, length, num_heads, head_dim = q.shape
     o = q.new_empty((batch, length, num_heads, head_dim))
     lse = q.new_empty((batch, num_heads, length), dtype=torch.float32)
     _launch(
         "forward", [q, k, v, o, lse], [q, k, v], (batch, length, num_heads, k.shape[2], head_dim),
-        stride=stride, topology=topology, chunk_size=chunk_size, rope_theta=rope_theta, past=past,
+        stride=stride, topology=topology, chunk_size=chunk_size, rope_theta=rope_theta, local=local,
+        past=past,
     )  # fmt: skip
     return o
 

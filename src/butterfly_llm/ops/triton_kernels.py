@@ -6,7 +6,10 @@ matrix units by asynchronous copies, blocks ahead; against the partner a query t
 
 Legend: c own chunk, p its partner, r its reader (the chunk whose partner it is); i query offset in its chunk,
 j key offset in its chunk; `side` 1.0 where the query lies after the other chunk of the pair, -1.0 before it.
-`table` (2, D / 2) float32: cos and sin of a whole chunk.
+`table` (LOCAL + 1, 2, D / 2) float32: cos and sin of one whole chunk, of two, ...
+
+LOCAL chunks just before the own one are read too, chunk c - r turned by r chunks. A partner that is no
+farther is one of them; a farther one then counts as LOCAL + 1 chunks back.
 
 Row indices inside a chunk are int32, everything above them int64. Programs are numbered so that chunks one
 stride apart run side by side: what they share comes from L2.
@@ -127,20 +130,28 @@ def _visit(q, k, v, seen, acc, top, total, SCALE: tl.constexpr, MASK: tl.constex
     return _dot_add(w.to(v.dtype), v, acc * shrink[:, None]), higher, total
 
 
-@triton.jit(do_not_specialize=["length", "num_chunks", "stride", "turns", "step", "first", "slots", "turn"])
+@triton.jit(
+    do_not_specialize=[
+        "length", "num_chunks", "stride", "turns", "step", "first", "slots", "turn", "near_slots",
+        "near_turn",
+    ]
+)  # fmt: skip
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, table_ptr,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     length, num_chunks, stride, turns, step,
     ring_k_ptr, ring_v_ptr, stride_rb, stride_rh, first, slots, turn,
+    near_k_ptr, near_v_ptr, stride_nb, stride_nh, near_slots, near_turn,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
-    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, STREAM: tl.constexpr,
+    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, LOCAL: tl.constexpr,
+    STREAM: tl.constexpr,
 ):  # fmt: skip
     """o (B, N, H, D) and lse (B, H, N), in powers of 2: one program per (query block, head, batch).
 
     SCALE includes log2(e); WHOLE: CHUNK divides N. STREAM: the sequence is the slice of a stream that begins
-    with chunk `first`; chunk p before it lies in slot (p + turn) mod `slots` of the rings (B, K, S, L, D).
+    with chunk `first`; chunk p before it lies in slot (p + turn) mod `slots` of the rings (B, K, S, L, D),
+    one of the LOCAL chunks in those of `near`.
     """
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
     BOUNDED: tl.constexpr = MUTUAL and not WHOLE
@@ -159,6 +170,9 @@ def forward_kernel(
     else:
         p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
         here = exists
+    if LOCAL > 0:
+        exists = exists & (stride > LOCAL)
+        here = here & (stride > LOCAL)
     q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
     k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
     v_c = _chunk_pointer(v_ptr, batch, kv_head, c, stride_vb, stride_vn, stride_vh, CHUNK)
@@ -168,7 +182,8 @@ def forward_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
-    turned = _read_turned(q_c, stride_qn, i, left, table_ptr, tl.where(p < c, 1.0, -1.0), D, WHOLE)
+    far_ptr = table_ptr + LOCAL * D
+    turned = _read_turned(q_c, stride_qn, i, left, far_ptr, tl.where(p < c, 1.0, -1.0), D, WHOLE)
     if STREAM:
         in_ring = batch.to(tl.int64) * stride_rb + kv_head.to(tl.int64) * stride_rh
         in_ring += slot.to(tl.int64) * (CHUNK * D)
@@ -182,6 +197,25 @@ def forward_kernel(
         v = _read(v_p, stride_vn, t + j, p_left, D, not BOUNDED)
         seen = (t + j)[None, :] < p_left
         acc, top, total = _visit(turned, k, v, seen, acc, top, total, SCALE, BOUNDED)
+
+    for near in range(LOCAL):
+        n = c - near - 1
+        turned = _read_turned(q_c, stride_qn, i, left, table_ptr + near * D, 1.0, D, WHOLE)
+        k_n = _chunk_pointer(k_ptr, batch, kv_head, n, stride_kb, stride_kn, stride_kh, CHUNK)
+        v_n = _chunk_pointer(v_ptr, batch, kv_head, n, stride_vb, stride_vn, stride_vh, CHUNK)
+        for t in tl.range(0, tl.where(n >= 0, CHUNK, 0), BLOCK_N, num_stages=STAGES):
+            k = _read(k_n, stride_kn, t + j, CHUNK, D, True)
+            v = _read(v_n, stride_vn, t + j, CHUNK, D, True)
+            acc, top, total = _visit(turned, k, v, True, acc, top, total, SCALE, False)
+        if STREAM:
+            near_slot = (first + n + near_turn) % near_slots
+            in_near = batch.to(tl.int64) * stride_nb + kv_head.to(tl.int64) * stride_nh
+            in_near += near_slot.to(tl.int64) * (CHUNK * D)
+            read = (n < 0) & (first + n >= 0)
+            for t in tl.range(0, tl.where(read, CHUNK, 0), BLOCK_N, num_stages=STAGES):
+                k = _read(near_k_ptr + in_near, D, t + j, CHUNK, D, True).to(turned.dtype)
+                v = _read(near_v_ptr + in_near, D, t + j, CHUNK, D, True).to(turned.dtype)
+                acc, top, total = _visit(turned, k, v, True, acc, top, total, SCALE, False)
 
     q = _read(q_c, stride_qn, i, left, D, WHOLE)
     own_keys = CHUNK if MUTUAL else tl.cdiv((block + 1) * BLOCK_M, BLOCK_N) * BLOCK_N
@@ -223,7 +257,7 @@ def query_gradient_kernel(
     length, num_chunks, stride, turns, step,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
-    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
+    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """dq (B, N, H, D) and delta = rowsum(do * o) (B, H, N): one program per (query block, head, batch)."""
     MUTUAL: tl.constexpr = TOPOLOGY == "xor"
@@ -233,6 +267,8 @@ def query_gradient_kernel(
     if (c >= num_chunks) | (block * BLOCK_M >= left):
         return
     p, exists = _partner(c, stride, num_chunks, TOPOLOGY)
+    if LOCAL > 0:
+        exists = exists & (stride > LOCAL)
     kv_head = head // GROUP
     i = block * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, BLOCK_N)
@@ -252,7 +288,8 @@ def query_gradient_kernel(
 
     side = tl.where(p < c, 1.0, -1.0)
     p_left = length - p * CHUNK
-    turned = _read_turned(q_c, stride_qn, i, left, table_ptr, side, D, WHOLE)
+    far_ptr = table_ptr + LOCAL * D
+    turned = _read_turned(q_c, stride_qn, i, left, far_ptr, side, D, WHOLE)
     dq = tl.zeros([BLOCK_M, D], tl.float32)
     for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_N, num_stages=STAGES):
         k = _read(k_p, stride_kn, t + j, p_left, D, not BOUNDED)
@@ -260,7 +297,21 @@ def query_gradient_kernel(
         seen = (t + j)[None, :] < p_left
         ds = _score_gradient(turned, k, v, do, lse, delta, seen, SCALE, BOUNDED)
         dq = _dot_add(ds, k, dq)
-    dq = _turned_back(dq, table_ptr, side, D)
+    dq = _turned_back(dq, far_ptr, side, D)
+
+    for near in range(LOCAL):
+        n = c - near - 1
+        near_ptr = table_ptr + near * D
+        turned = _read_turned(q_c, stride_qn, i, left, near_ptr, 1.0, D, WHOLE)
+        k_n = _chunk_pointer(k_ptr, batch, kv_head, n, stride_kb, stride_kn, stride_kh, CHUNK)
+        v_n = _chunk_pointer(v_ptr, batch, kv_head, n, stride_vb, stride_vn, stride_vh, CHUNK)
+        more = tl.zeros([BLOCK_M, D], tl.float32)
+        for t in tl.range(0, tl.where(n >= 0, CHUNK, 0), BLOCK_N, num_stages=STAGES):
+            k = _read(k_n, stride_kn, t + j, CHUNK, D, True)
+            v = _read(v_n, stride_vn, t + j, CHUNK, D, True)
+            ds = _score_gradient(turned, k, v, do, lse, delta, True, SCALE, False)
+            more = _dot_add(ds, k, more)
+        dq += _turned_back(more, near_ptr, 1.0, D)
 
     q = _read(q_c, stride_qn, i, left, D, WHOLE)
     own_keys = CHUNK if MUTUAL else tl.cdiv((block + 1) * BLOCK_M, BLOCK_N) * BLOCK_N
@@ -294,9 +345,9 @@ def key_gradient_kernel(
     length, num_chunks, stride, turns, step,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr,
-    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
+    TOPOLOGY: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (B, N, Hkv, D): one program per (key block, head, batch) gathers from its two readers.
+    """dk and dv (B, N, Hkv, D): one program per (key block, head, batch) gathers from those who read it.
 
     Queries past the end are zeros, with zero do and delta: they add nothing. Keys past it are not stored.
     """
@@ -307,6 +358,8 @@ def key_gradient_kernel(
     if (c >= num_chunks) | (block * BLOCK_N >= left):
         return
     r, exists = _reader(c, stride, num_chunks, TOPOLOGY)
+    if LOCAL > 0:
+        exists = exists & (stride > LOCAL)
     r_left = length - r * CHUNK
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k_c = _chunk_pointer(k_ptr, batch, kv_head, c, stride_kb, stride_kn, stride_kh, CHUNK)
@@ -326,11 +379,23 @@ def key_gradient_kernel(
         for t in tl.range(0, tl.where(exists, CHUNK, 0), BLOCK_M, num_stages=STAGES):
             i = t + tl.arange(0, BLOCK_M)
             side = tl.where(r > c, 1.0, -1.0)
-            q = _read_turned(q_r, stride_qn, i, r_left, table_ptr, side, D, WHOLE)
+            q = _read_turned(q_r, stride_qn, i, r_left, table_ptr + LOCAL * D, side, D, WHOLE)
             do = _read(do_r, stride_gn, i, r_left, D, WHOLE)
             lse = tl.load(lse_ptr + first + r * CHUNK + i, mask=i < r_left, other=0.0)
             delta = tl.load(delta_ptr + first + r * CHUNK + i, mask=i < r_left, other=0.0)
             dk, dv, _ = _key_side(k, v, q, do, lse, delta, True, dk, dv, SCALE, False)
+        for near in range(LOCAL):
+            n = c + near + 1
+            n_left = length - n * CHUNK
+            q_n = _chunk_pointer(q_ptr, batch, head, n, stride_qb, stride_qn, stride_qh, CHUNK)
+            do_n = _chunk_pointer(do_ptr, batch, head, n, stride_gb, stride_gn, stride_gh, CHUNK)
+            for t in tl.range(0, tl.where(n < num_chunks, CHUNK, 0), BLOCK_M, num_stages=STAGES):
+                i = t + tl.arange(0, BLOCK_M)
+                q = _read_turned(q_n, stride_qn, i, n_left, table_ptr + near * D, 1.0, D, WHOLE)
+                do = _read(do_n, stride_gn, i, n_left, D, WHOLE)
+                lse = tl.load(lse_ptr + first + n * CHUNK + i, mask=i < n_left, other=0.0)
+                delta = tl.load(delta_ptr + first + n * CHUNK + i, mask=i < n_left, other=0.0)
+                dk, dv, _ = _key_side(k, v, q, do, lse, delta, True, dk, dv, SCALE, False)
         q_c = _chunk_pointer(q_ptr, batch, head, c, stride_qb, stride_qn, stride_qh, CHUNK)
         do_c = _chunk_pointer(do_ptr, batch, head, c, stride_gb, stride_gn, stride_gh, CHUNK)
         for t in tl.range(begin, CHUNK, BLOCK_M, num_stages=STAGES):

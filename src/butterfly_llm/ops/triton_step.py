@@ -1,4 +1,4 @@
-"""One decoding step on CUDA: a key and a value go into each stream's rings, a query reads two chunks of them.
+"""One decoding step on CUDA: a key and a value go into each stream's rings, a query reads chunks of them.
 
 `butterfly::attention_step` takes the positions as a device tensor, one a stream: a captured CUDA graph can be
 replayed for every character, and the streams of a batch may stand anywhere. Unlike the other operators it
@@ -20,10 +20,10 @@ from butterfly_llm.routing import Topology
 
 
 @lru_cache(maxsize=16)
-def _angle_table(chunk_size: int, head_dim: int, theta: float | None, device: torch.device) -> Tensor:
-    """cos and sin (2, 2 * chunk_size, D / 2) float32 of the positions 0..2 * chunk_size - 1."""
+def _angle_table(positions: int, head_dim: int, theta: float | None, device: torch.device) -> Tensor:
+    """cos and sin (2, positions, D / 2) float32 of the positions from 0."""
     with torch.inference_mode(False):
-        cos, sin = position_table(0, 2 * chunk_size, head_dim, theta, torch.float32, device)
+        cos, sin = position_table(0, positions, head_dim, theta, torch.float32, device)
         return torch.stack([cos[:, head_dim // 2 :], sin[:, head_dim // 2 :]]).contiguous()
 
 
@@ -38,6 +38,7 @@ def _step(
     stride: int,
     topology: str,
     rope_theta: float | None,
+    local: int,
 ) -> Tensor:
     from butterfly_llm.ops.triton_step_kernel import step_kernel
 
@@ -48,11 +49,12 @@ def _step(
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         step_kernel[(batch * num_kv_heads,)](
             q, k, v, ring_keys, ring_values, position, o,
-            _angle_table(chunk_size, head_dim, rope_theta, q.device),
+            _angle_table((local + 2) * chunk_size, head_dim, rope_theta, q.device),
             *(x.stride(axis) for x in (q, k, v) for axis in range(2)),
             ring_keys.stride(0), ring_values.stride(0), slots, min(stride, 1 << 30),
             KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, D=head_dim, CHUNK=chunk_size,
             SCALE=head_dim**-0.5 * math.log2(math.e), TOPOLOGY=topology, ROTATE=rope_theta is not None,
+            LOCAL=local,
             num_warps=8 if chunk_size >= 128 else 4,
         )  # fmt: skip
     return o
@@ -69,6 +71,7 @@ def _(
     stride: int,
     topology: str,
     rope_theta: float | None,
+    local: int,
 ) -> Tensor:
     return q.new_empty(tuple(q.shape))
 
@@ -83,11 +86,13 @@ def step_attention_triton(
     stride: int,
     topology: Topology,
     rope_theta: float | None,
+    local: int = 0,
 ) -> Tensor:
     """One character a stream: q (B, H, D), k and v (B, K, D) -> (B, H, D); the rings are updated in place.
 
     ring: keys (rotated by their offset) and values, (B, K, S, L, D), each stream's part contiguous.
     position (B,) int64 on the device: characters that each stream has read; it is not changed.
+    local: chunks just before the own one that are read too; S is then max(stride, local) + 1 at least.
     ValueError for shapes and layouts that do not fit.
     """
     keys, values = ring
@@ -102,5 +107,5 @@ def step_attention_triton(
             raise ValueError(
                 f"step: ring of {name} {tuple(x.shape)}: expected contiguous ({q.shape[0]}, K, S, L, D)"
             )
-    y: Tensor = _step(q, k, v, keys, values, position, stride, topology, rope_theta)
+    y: Tensor = _step(q, k, v, keys, values, position, stride, topology, rope_theta, local)
     return y
