@@ -16,6 +16,7 @@ VARIANTS = {
     "grouped, no carry": {"num_kv_heads": 1, "carry_size": 0},
     "xor_causal, extra levels": {"routing": "xor_causal", "num_extra_levels": 2},
     "long pass": {"num_long_passes": 1, "num_long_levels": 5},
+    "local chunks": {"local_chunks": 2},
 }
 gpu = pytest.param("cuda", marks=pytest.mark.gpu)
 

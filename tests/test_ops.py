@@ -24,14 +24,19 @@ def random_qkv(num_chars: int, dtype: torch.dtype, *, heads: int = 4, kv_heads: 
     return [torch.randn(s, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("topology", "local"),
+    [*((each, 0) for each in TOPOLOGIES), ("shift", 1), ("shift", 3), ("xor_causal", 2)],
+)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_portable_equals_reference_in_outputs_and_gradients(topology: str, dtype: torch.dtype) -> None:
+def test_portable_equals_reference_in_outputs_and_gradients(
+    topology: str, local: int, dtype: torch.dtype
+) -> None:
     for num_chars in (1, 7, 8, 9, 63, 64, 65, 100):
         for stride in (1, 2, 4, 16):
             inputs = random_qkv(num_chars, dtype)
             exact = [x.detach().double().requires_grad_() for x in inputs]
-            settings = {"stride": stride, "topology": topology, "chunk_size": 8}
+            settings = {"stride": stride, "topology": topology, "chunk_size": 8, "local": local}
             y = butterfly_attention(*inputs, backend="torch", **settings)
             expected = butterfly_attention_reference(*exact, **settings)  # type: ignore[arg-type]
             upstream = torch.randn_like(expected)
@@ -62,17 +67,34 @@ def test_gradcheck_of_the_reference(topology: str) -> None:
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_reference_sees_exactly_own_and_partner_chunk() -> None:
-    num_chars, chunk, stride = 40, 4, 2
+@pytest.mark.parametrize(
+    ("stride", "local", "chunks"), [(2, 0, [2]), (4, 1, [1, 4]), (4, 2, [1, 2, 4]), (2, 3, [1, 2, 3])]
+)
+def test_reference_sees_exactly_own_partner_and_local_chunks(
+    stride: int, local: int, chunks: list[int]
+) -> None:
+    num_chars, chunk = 40, 4
     q, k = torch.zeros(1, num_chars, 1, 2), torch.zeros(1, num_chars, 1, 2)
     v = torch.eye(num_chars)[None, :, None, :]
     q, k = (F.pad(x, (0, num_chars - 2)) for x in (q, k))
-    weights = butterfly_attention_reference(q, k, v, stride=stride, chunk_size=chunk)[0, :, 0]
+    weights = butterfly_attention_reference(q, k, v, stride=stride, chunk_size=chunk, local=local)[0, :, 0]
     for t in range(num_chars):
         own = range(t // chunk * chunk, t + 1)
-        start = (t // chunk - stride) * chunk
-        seen = {*own, *(range(start, start + chunk) if start >= 0 else ())}
+        starts = [(t // chunk - back) * chunk for back in chunks]
+        seen = {*own, *(i for start in starts if start >= 0 for i in range(start, start + chunk))}
         assert {u for u in range(num_chars) if weights[t, u] > 0} == seen
+
+
+def test_local_chunks_are_those_of_a_wider_window() -> None:
+    """Where the partner is a local chunk, attention is a window of three chunks, positions counted in it."""
+    q, k, v = (torch.randn(1, 32, 2, 8, dtype=torch.float64) for _ in range(3))
+    y = butterfly_attention_reference(q, k, v, stride=1, chunk_size=8, local=2)
+    table = rope_table(torch.arange(32), 8, 10000.0, torch.float64)
+    scores = torch.einsum("bqhd,bkhd->bhqk", rotate(q, *table), rotate(k, *table)) / 8**0.5
+    at = torch.arange(32)
+    seen = (at[:, None] >= at) & (at[:, None] // 8 <= at // 8 + 2)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    torch.testing.assert_close(y, torch.einsum("bhqk,bkhd->bqhd", weights, v))
 
 
 def test_scores_depend_on_the_distance_inside_the_pair_alone() -> None:
@@ -142,6 +164,7 @@ def test_sliced_loss_holds_the_logits_of_one_slice(weighted: bool) -> None:
     [
         ({"stride": 0}, "stride 0"),
         ({"stride": 3, "causal": False}, "power of two"),
+        ({"local": 1, "causal": False}, "local 1 must be at least 0, and 0 for xor"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
     ],
 )

@@ -26,6 +26,7 @@ VARIANTS = {
     "grouped, gated, extra levels": {"num_kv_heads": 1, "feed_forward": "swiglu", "num_extra_levels": 2},
     "no carry": {"carry_size": 0},
     "long pass": {"num_long_passes": 1, "num_long_levels": 4},
+    "local chunks": {"local_chunks": 2},
     "gated carry": {"carry_heads": 0},
     "xor": {"routing": "xor"},
 }

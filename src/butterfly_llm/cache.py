@@ -30,14 +30,20 @@ def routes_of(config: ButterflyConfig) -> tuple[LayerRoute, ...]:
     )
 
 
+def _window_slots(stride: int, local: int) -> int:
+    """Of a window: the own chunk, the local ones, and the partner if it is none of them."""
+    return 1 + local + (stride > local)
+
+
 def cache_nbytes(config: ButterflyConfig, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of a full cache; with torch.int8 without the two chunks a layer that are not quantised."""
+    """Bytes of a full cache; with torch.int8 without the chunks of each window that are not quantised."""
     rows, values = 0, 0
     for route in routes_of(config):
         carried = route.stage == "butterfly" and config.carry_size > 0
-        chars = (route.stride + 1) * config.chunk_size
-        rows += chars * (2 * config.num_kv_heads + carried * (2 if config.carry_heads else 1))
-        values += chars * (2 * config.num_kv_heads * config.head_dim + carried * config.carry_width)
+        chars = (max(route.stride, config.local_chunks) + 1) * config.chunk_size
+        lanes = carried * (route.stride + 1) * config.chunk_size
+        rows += chars * 2 * config.num_kv_heads + lanes * (2 if config.carry_heads else 1)
+        values += chars * 2 * config.num_kv_heads * config.head_dim + lanes * config.carry_width
     scales = 4 * rows if dtype == torch.int8 else 0
     return batch_size * (values * dtype.itemsize + scales)
 
@@ -61,9 +67,10 @@ def prefill_slice(config: ButterflyConfig, batch_size: int, value_bytes: int, de
 
 @dataclass
 class Cache:
-    """B streams at one common position. S = stride + 1 slots, chunk c in slot c mod S.
+    """B streams at one common position. S = stride + 1 slots (`Ring`), chunk c in slot c mod S.
 
-    In a forked state and in one of 8 bits, keys, values and carries are windows of S = 2 slots on `paged`.
+    In a forked state and in one of 8 bits, keys, values and carries are windows on `paged` of S = 2 slots,
+    more where local chunks are read.
     """
 
     config: ButterflyConfig
@@ -101,18 +108,19 @@ class Cache:
         layers: Layers = []
         for route in routes_of(config):
 
-            def ring(*shape: int, stride: int = route.stride, scores: int = 0) -> Ring:
+            def ring(*shape: int, stride: int = route.stride, scores: int = 0, local: int = 0) -> Ring:
                 """A ring of chunks (..., L, X)."""
-                slots = 2 if dtype == torch.int8 else stride + 1
+                slots = _window_slots(stride, local) if dtype == torch.int8 else max(stride, local) + 1
                 kind = window_dtype if dtype == torch.int8 else dtype
                 window = torch.zeros(*shape[:-2], slots, *shape[-2:], dtype=kind, device=device)
-                return QuantisedRing(window, stride, scores) if dtype == torch.int8 else Ring(window)
+                return QuantisedRing(window, stride, scores, local) if dtype == torch.int8 else Ring(window)
 
             shape = (batch_size, config.num_kv_heads, config.chunk_size, config.head_dim)
             carried = route.stage == "butterfly" and config.carry_size > 0
             lanes = batch_size, config.chunk_size, config.carry_width
             carry = ring(*lanes, scores=config.carry_heads) if carried else None
-            layers.append((ring(*shape), ring(*shape), carry))
+            keys, values = (ring(*shape, local=config.local_chunks) for _ in range(2))
+            layers.append((keys, values, carry))
         return cls._of(config, 0, layers, paged=dtype == torch.int8)
 
     @classmethod
@@ -164,34 +172,38 @@ class Cache:
         """`count` streams that go on from here, each for itself; this one cannot go on any more.
 
         They share what was read so far and keep of their own the chunks they add: a fork costs nothing until
-        it first goes on, then two chunks a layer, and one more for each chunk finished (in the type of the
-        windows, also where the past is in 8 bits).
+        it first goes on, then a window of two chunks a layer (more with local ones), and one more for each
+        chunk finished (in the type of the windows, also where the past is in 8 bits).
         """
         if count < 1:
             raise ValueError(f"fork: count must be at least 1, not {count}")
         self.forked = True
         chunk, offset = divmod(self.position, self.config.chunk_size)
 
-        def window(ring: Ring, stride: int) -> Tensor:
+        def window(ring: Ring, stride: int, local: int) -> Tensor:
             *lead, _, rows, width = ring.window.shape
-            two = ring.window.new_zeros(*lead, 2, rows, width)
+            slots = _window_slots(stride, local)
+            window = ring.window.new_zeros(*lead, slots, rows, width)
             if offset:
-                two[..., chunk % 2, :, :] = ring.read([chunk])[..., 0, :, :]
-                if chunk >= stride:
-                    two[..., (chunk + 1) % 2, :, :] = ring.read([chunk - stride])[..., 0, :, :]
-            return two
+                read = {chunk - back: (chunk - back) % slots for back in range(local + 1)}
+                if stride > local:
+                    read[chunk - stride] = (chunk + 1) % slots
+                for number, slot in read.items():
+                    if number >= 0:
+                        window[..., slot, :, :] = ring.read([number])[..., 0, :, :]
+            return window
 
         bases = [
-            (ring, route.stride)
+            (ring, route.stride, 0 if kind == "carry" else self.config.local_chunks)
             for layer, route in zip(self.rings(), routes_of(self.config), strict=True)
-            for ring in layer
+            for kind, ring in zip(("keys", "values", "carry"), layer, strict=True)
         ]
-        windows = [None if ring is None else window(ring, stride) for ring, stride in bases]
+        windows = [None if ring is None else window(ring, *reads) for ring, *reads in bases]
         forks = []
         for _ in range(count):
             rings = [
-                None if ring is None or two is None else ForkedRing(ring, two, stride, chunk)
-                for (ring, stride), two in zip(bases, windows, strict=True)
+                None if ring is None or own is None else ForkedRing(ring, own, stride, chunk, local)
+                for (ring, stride, local), own in zip(bases, windows, strict=True)
             ]
             layers = cast(Layers, list(zip(rings[::3], rings[1::3], rings[2::3], strict=True)))
             fork = Cache._of(self.config, self.position, layers, paged=True)

@@ -553,7 +553,7 @@ class Butterfly(nn.Module):
                     merge=None if merge is None else merged(merge),
                 )
             )
-        positions = torch.arange(2 * config.chunk_size)
+        positions = torch.arange((2 + config.local_chunks) * config.chunk_size)
         cos, sin = rope_table(positions, config.head_dim, config.rope_theta, torch.float32)
         self._numpy = numpy_step.Weights(
             routes=self.routes,
@@ -566,6 +566,7 @@ class Butterfly(nn.Module):
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             chunk_size=config.chunk_size,
+            local_chunks=config.local_chunks,
             topology=config.routing,
             gated=config.feed_forward == "swiglu",
             carry_heads=config.carry_heads,

@@ -45,7 +45,8 @@ def _put(slots: Tensor, first: int, x: Tensor) -> None:
 
 
 class Ring:
-    """All stride + 1 chunks in one tensor, chunk c in slot c mod (stride + 1): the partner is next to it."""
+    """All chunks in one tensor of S = max(stride, local) + 1 slots, chunk c in slot c mod S; so a partner
+    that is no local chunk is next to it."""
 
     def __init__(self, window: Tensor) -> None:
         self.window = window  # (..., S, L, X)
@@ -76,7 +77,7 @@ class Ring:
     def read(self, chunks: Sequence[int]) -> Tensor:
         """Chunks by their number, ascending -> (..., C, L, X), a view where they lie side by side.
 
-        They must be among the last stride + 1.
+        They must be among the last of so many as there are slots.
         """
         return _take(self.window, chunks)
 
@@ -94,19 +95,26 @@ class Ring:
 
 
 class WindowRing(Ring):
-    """A window of two slots, the chunk in progress and its partner; finished chunks lie elsewhere."""
+    """A window of the chunk in progress, those just before it that are read too, and its partner, if that is
+    none of them; finished chunks lie elsewhere, as many as are read from here on."""
 
-    def __init__(self, window: Tensor, stride: int, finished: int) -> None:
+    def __init__(self, window: Tensor, stride: int, finished: int, local: int = 0) -> None:
         super().__init__(window)
         self.stride = stride
-        self.finished = finished  # chunks below this one are not in the window
+        self.local = local
+        self.kept = max(stride, local)  # finished chunks
+        self.finished = finished  # chunks below this one are not in the window, or no more than copies
+
+    @property
+    def slots(self) -> int:
+        return self.window.shape[-3]
 
     def load(self, chunks: Sequence[int]) -> Tensor:
         """Finished chunks -> (..., C, L, X)."""
         raise NotImplementedError
 
     def save(self, first: int, x: Tensor) -> None:
-        """Finished chunks first.. x (..., C, L, X), of which the last `stride` are needed."""
+        """Finished chunks first.. x (..., C, L, X), of which the last `kept` are needed."""
         raise NotImplementedError
 
     def seek(self, position: int, chunk_size: int) -> None:
@@ -114,13 +122,18 @@ class WindowRing(Ring):
 
     def begin(self, chunk: int) -> None:
         if self.finished < chunk:
-            self.save(chunk - 1, self.window[..., (chunk - 1) % 2, None, :, :])
+            self.save(chunk - 1, self.window[..., (chunk - 1) % self.slots, None, :, :])
             self.finished = chunk
-        self._fetch_partner(chunk)
+        self._fetch(chunk)
 
-    def _fetch_partner(self, chunk: int) -> None:
-        if chunk >= self.stride:
-            self.window[..., (chunk + 1) % 2, :, :] = self.load([chunk - self.stride])[..., 0, :, :]
+    def _fetch(self, chunk: int) -> None:
+        """What is read beside `chunk`."""
+        wanted = {chunk - back: (chunk - back) % self.slots for back in range(1, self.local + 1)}
+        if self.stride > self.local:
+            wanted[chunk - self.stride] = (chunk + 1) % self.slots
+        for other, slot in wanted.items():
+            if other >= 0:
+                self.window[..., slot, :, :] = self.load([other])[..., 0, :, :]
 
     def slots_of(self, chunks: range) -> tuple[Tensor, int]:
         return (self.read(chunks), -chunks.start) if chunks else (self.window, 0)
@@ -132,7 +145,7 @@ class WindowRing(Ring):
         past = [c for c in chunks if c < self.finished]
         parts = [self.load(past)] if past else []
         if len(past) < len(chunks):  # the one in progress
-            parts.append(self.window[..., chunks[-1] % 2, None, :, :])
+            parts.append(self.window[..., chunks[-1] % self.slots, None, :, :])
         return torch.cat(parts, -3) if len(parts) > 1 else parts[0]
 
     def write(self, first: int, x: Tensor) -> None:
@@ -142,29 +155,29 @@ class WindowRing(Ring):
         if last > first:
             self.save(first, x[..., :-1, :, :])
             self.finished = last
-            self._fetch_partner(last)
-        self.window[..., last % 2, :, :] = x[..., -1, :, :]
+            self._fetch(last)
+        self.window[..., last % self.slots, :, :] = x[..., -1, :, :]
 
 
 class ForkedRing(WindowRing):
     """The past of another ring, which is not written to any more, and the chunks finished since."""
 
-    def __init__(self, base: Ring, window: Tensor, stride: int, finished: int) -> None:
-        super().__init__(window, stride, finished)
+    def __init__(self, base: Ring, window: Tensor, stride: int, finished: int, local: int = 0) -> None:
+        super().__init__(window, stride, finished, local)
         self.base = base
         self.first = finished
         self.own: dict[int, Tensor] = {}
 
     @property
     def nbytes(self) -> int:
-        return self.window.nbytes // 2 * (self.stride + 2)
+        return self.window.nbytes // self.slots * (self.kept + self.slots)
 
     @property
     def held_nbytes(self) -> int:
         return sum(x.nbytes for x in self.own.values())
 
     def clone(self) -> ForkedRing:
-        ring = ForkedRing(self.base, self.window.clone(), self.stride, self.first)
+        ring = ForkedRing(self.base, self.window.clone(), self.stride, self.first, self.local)
         ring.finished, ring.own = self.finished, dict(self.own)  # finished chunks are never changed
         return ring
 
@@ -175,9 +188,9 @@ class ForkedRing(WindowRing):
         return torch.cat(parts, -3)
 
     def save(self, first: int, x: Tensor) -> None:
-        for i in range(max(0, x.shape[-3] - self.stride), x.shape[-3]):
+        for i in range(max(0, x.shape[-3] - self.kept), x.shape[-3]):
             self.own[first + i] = x[..., i, :, :].to(self.window.dtype, copy=True)
-        oldest = first + x.shape[-3] - self.stride
+        oldest = first + x.shape[-3] - self.kept
         self.own = {c: chunk for c, chunk in self.own.items() if c >= oldest}
 
 
@@ -187,14 +200,14 @@ class QuantisedRing(WindowRing):
     scores: columns at the front of a row that have a second scale, as they are of another size.
     """
 
-    def __init__(self, window: Tensor, stride: int, scores: int = 0) -> None:
-        super().__init__(window, stride, 0)
+    def __init__(self, window: Tensor, stride: int, scores: int = 0, local: int = 0) -> None:
+        super().__init__(window, stride, 0, local)
         *lead, _, rows, width = window.shape
         self.scores = scores
         self.parts_of_row = [scores, width - scores] if scores else [width]
-        # stride slots are enough: the chunk in progress is in the window
-        self.codes = torch.zeros(*lead, stride, rows, width, dtype=torch.int8, device=window.device)
-        scales = (*lead, stride, rows, len(self.parts_of_row))
+        # The chunk in progress needs none: it is in the window.
+        self.codes = torch.zeros(*lead, self.kept, rows, width, dtype=torch.int8, device=window.device)
+        scales = (*lead, self.kept, rows, len(self.parts_of_row))
         self.scale = torch.zeros(scales, dtype=torch.float32, device=window.device)
 
     @property
@@ -209,7 +222,7 @@ class QuantisedRing(WindowRing):
         return {".window": self.window, ".codes": self.codes, ".scale": self.scale}
 
     def clone(self) -> QuantisedRing:
-        ring = QuantisedRing(self.window.clone(), self.stride, self.scores)
+        ring = QuantisedRing(self.window.clone(), self.stride, self.scores, self.local)
         ring.codes.copy_(self.codes)
         ring.scale.copy_(self.scale)
         ring.finished = self.finished
@@ -226,7 +239,7 @@ class QuantisedRing(WindowRing):
         return (_take(self.codes, chunks) * self._spread(_take(self.scale, chunks))).to(self.window.dtype)
 
     def save(self, first: int, x: Tensor) -> None:
-        kept = x[..., -self.stride :, :, :].float()
+        kept = x[..., -self.kept :, :, :].float()
         first += x.shape[-3] - kept.shape[-3]
         parts = torch.split(kept, self.parts_of_row, -1)
         scale = torch.cat([part.abs().amax(-1, keepdim=True) for part in parts], -1) / 127

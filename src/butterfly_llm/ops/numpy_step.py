@@ -56,6 +56,7 @@ class Weights:
     num_heads: int
     num_kv_heads: int
     chunk_size: int
+    local_chunks: int
     topology: Topology
     gated: bool
     carry_heads: int
@@ -101,23 +102,30 @@ def _attend(
     qk = qk / np.sqrt(mean_square + np.float32(weights.eps))[:, None]
     qk[:num_heads] *= layer.q_norm
     qk[num_heads:] *= layer.k_norm
-    # Row 0 turned by the offset, row 1 by one chunk more: the query against the partner.
+    # Row 0 turned by the offset, the others by one chunk more each: the query against what lies before.
     cos, sin = (table[offset :: weights.chunk_size, None] for table in weights.rope)
     half = head_dim // 2
-    turned = qk * cos + np.concatenate([qk[:, half:], qk[:, :half]], 1) * sin  # (2, H + K, D)
+    turned = qk * cos + np.concatenate([qk[:, half:], qk[:, :half]], 1) * sin  # (R, H + K, D)
     keys[:, slot, offset] = turned[0, num_heads:]
     values[:, slot, offset] = heads[num_heads + num_kv_heads :]
 
-    if slot + 1 < slots:
-        k_pair, v_pair = keys[:, slot : slot + 2], values[:, slot : slot + 2]  # (K, 2, L, D)
+    local = weights.local_chunks
+    count = local + 1 + (stride > local)  # R, chunks that are read
+    if local:
+        read = [*((chunk - back) % slots for back in range(local + 1)), (slot + 1) % slots][:count]
+        k_read, v_read = keys[:, read], values[:, read]
+    elif slot + 1 < slots:
+        k_read, v_read = keys[:, slot : slot + 2], values[:, slot : slot + 2]  # (K, 2, L, D)
     else:
-        k_pair, v_pair = (np.stack([x[:, slot], x[:, 0]], 1) for x in (keys, values))
-    q = turned[:, :num_heads].reshape(2, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)  # (K, H / K, 2, D)
-    scores = np.matmul(k_pair[:, None], q[..., None])[..., 0]  # (K, H / K, 2, L)
+        k_read, v_read = (np.stack([x[:, slot], x[:, 0]], 1) for x in (keys, values))
+    q = turned[:count, :num_heads].reshape(count, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
+    scores = np.matmul(k_read[:, None], q[..., None])[..., 0]  # (K, H / K, R, L)
     scores[:, :, 0, offset + 1 :] = -np.inf
-    if partner_of(chunk, stride, weights.topology) < 0:
-        scores[:, :, 1] = -np.inf
-    scores = scores.reshape(num_kv_heads, -1, 2 * weights.chunk_size)
+    for back in range(chunk + 1, local + 1):
+        scores[:, :, back] = -np.inf
+    if stride > local and partner_of(chunk, stride, weights.topology) < 0:
+        scores[:, :, -1] = -np.inf
+    scores = scores.reshape(num_kv_heads, -1, count * weights.chunk_size)
     scores -= np.maximum.reduce(scores, 2, keepdims=True)
     scores *= np.float32(head_dim**-0.5)
     np.exp(scores, out=scores)
@@ -125,7 +133,7 @@ def _attend(
     if shares is not None:
         own = np.add.reduce(scores[:, :, : weights.chunk_size], 2, keepdims=True)
         shares.append(float((own / total).mean()))
-    y = np.matmul(scores, v_pair.reshape(num_kv_heads, -1, head_dim)) / total  # (K, H / K, D)
+    y = np.matmul(scores, v_read.reshape(num_kv_heads, -1, head_dim)) / total  # (K, H / K, D)
     return cast(Array, y.reshape(-1))
 
 

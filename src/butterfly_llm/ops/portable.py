@@ -2,7 +2,8 @@
 
 Runs and trains on CPU and CUDA without Triton. Keys and values of a pair are copied side by side, one
 chunk at a time of workspace per query chunk; nothing of size N x N. Queries and keys come rotated by their
-offset in the chunk.
+offset in the chunk. `local` chunks before the own one are read as well; a partner farther back than that then
+counts as `local` + 1 chunks back.
 
 Shapes: B batch, N characters, C chunks, L characters in a chunk, H query heads, K key-value heads,
 D head size, S ring slots (stride + 1).
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +111,47 @@ def _attend_causal(
     return y
 
 
+def _attend_several(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    history: Callable[[list[int]], tuple[Tensor, Tensor]] | None,
+    first_chunk: int,
+    stride: int,
+    topology: Topology,
+    rope_theta: float | None,
+    local: int,
+) -> Tensor:
+    """`_attend_causal` with `local` chunks before the own one."""
+    batch, chunks, _, chunk_size, head_dim = q.shape
+    numbers = range(first_chunk, first_chunk + chunks)
+    # By how many chunks back they count: the chunks that are read, -1 where there is none.
+    wanted = [[c - back if c >= back else -1 for c in numbers] for back in range(1, local + 1)]
+    if stride > local:
+        wanted.append([partner_of(c, stride, topology) for c in numbers])
+    before = sorted({c for row in wanted for c in row if 0 <= c < first_chunk})
+    k_all, v_all = k, v
+    if before:
+        assert history is not None
+        k_all, v_all = (
+            torch.cat([past.transpose(1, 2).to(x.dtype), x], 1)
+            for past, x in zip(history(before), (k, v), strict=True)
+        )
+    place = {c: i for i, c in enumerate([*before, *numbers])}
+    keys, values, exists = [], [], []
+    for back, row in enumerate(wanted, 1):
+        index = torch.tensor([place.get(c, 0) for c in row], device=q.device)
+        at = -back * chunk_size
+        table = position_table(at, at + 1, head_dim, rope_theta, q.dtype, q.device)
+        keys.append(rotate(k_all.index_select(1, index), *table))
+        values.append(v_all.index_select(1, index))
+        exists.append(torch.tensor([c >= 0 for c in row], device=q.device)[:, None].expand(-1, chunk_size))
+    own = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).tril()
+    others = torch.cat(exists, 1)[:, None].expand(-1, chunk_size, -1)  # (C, L, M L)
+    mask = torch.cat([others, own.expand(chunks, -1, -1)], 2)[:, None]  # (C, 1, L, (M + 1) L)
+    return _attend(q, torch.cat([*keys, k], 3), torch.cat([*values, v], 3), mask.repeat(batch, 1, 1, 1))
+
+
 def _attend_bidirectional(
     q: Tensor, k: Tensor, v: Tensor, num_chars: int, stride: int, rope_theta: float | None
 ) -> Tensor:
@@ -140,6 +183,7 @@ def butterfly_attention_portable(
     topology: Topology = "shift",
     chunk_size: int = 128,
     rope_theta: float | None = 10000.0,
+    local: int = 0,
 ) -> Tensor:
     """q (B, N, H, D), k and v (B, N, Hkv, D) -> (B, N, H, D)."""
     num_chars = q.shape[1]
@@ -147,8 +191,13 @@ def butterfly_attention_portable(
     if topology == "xor":
         y = _attend_bidirectional(q, k, v, num_chars, stride, rope_theta)
     else:
-        y = _attend_causal(q, k, v, None, 0, stride, topology, rope_theta)
+        y = _attend_before(q, k, v, None, 0, stride, topology, rope_theta, local)
     return y.transpose(2, 3).flatten(1, 2)[:, :num_chars]
+
+
+def _attend_before(*inputs: Any) -> Tensor:
+    """`_attend_several`, or without local chunks, the last of its arguments, `_attend_causal`."""
+    return _attend_several(*inputs) if inputs[-1] else _attend_causal(*inputs[:-1])
 
 
 def prefill_attention(
@@ -161,6 +210,7 @@ def prefill_attention(
     stride: int,
     topology: Topology,
     rope_theta: float | None,
+    local: int = 0,
 ) -> Tensor:
     """Attention of the characters `position`.. of a stream, whose keys and values are appended to the rings.
 
@@ -177,17 +227,23 @@ def prefill_attention(
     def history(chunks: list[int]) -> tuple[Tensor, Tensor]:
         return rings[0].read(chunks), rings[1].read(chunks)
 
-    y = _attend_causal(q, k, v, history, first_chunk, stride, topology, rope_theta)
+    y = _attend_before(q, k, v, history, first_chunk, stride, topology, rope_theta, local)
     for x, ring in zip((k, v), rings, strict=True):
         ring.write(first_chunk, x.transpose(1, 2))
     return y.transpose(2, 3).flatten(1, 2)[:, front : front + num_chars]
 
 
-def _against_both(q: Tensor, num_kv_heads: int, chunk_size: int, rope_theta: float | None) -> Tensor:
-    """q (B, H, D) -> (B, K, 2, H / K, D): for the own chunk, and turned by a whole one for the partner."""
+def _against(
+    q: Tensor, num_kv_heads: int, chunk_size: int, rope_theta: float | None, stride: int, local: int
+) -> Tensor:
+    """q (B, H, D) -> (B, K, R, H / K, D): as it is, for the own chunk, and turned for each other one."""
     q = q.view(len(q), num_kv_heads, -1, q.shape[-1])
-    further = position_table(chunk_size, chunk_size + 1, q.shape[-1], rope_theta, q.dtype, q.device)
-    return torch.stack([q, rotate(q, *further)], 2)
+    turned = [q]
+    for back in range(1, local + 1 + (stride > local)):
+        at = back * chunk_size
+        table = position_table(at, at + 1, q.shape[-1], rope_theta, q.dtype, q.device)
+        turned.append(rotate(q, *table))
+    return torch.stack(turned, 2)
 
 
 def step_attention(
@@ -200,6 +256,7 @@ def step_attention(
     stride: int,
     topology: Topology,
     rope_theta: float | None,
+    local: int = 0,
 ) -> Tensor:
     """One character of a stream: q (B, H, D), k and v (B, K, D) -> (B, H, D); the rings are updated in place.
 
@@ -210,21 +267,29 @@ def step_attention(
     slots, chunk_size = ring[0].shape[2:4]
     chunk, offset = divmod(position, chunk_size)
     slot = chunk % slots
-    both = _against_both(q, num_kv_heads, chunk_size, rope_theta)  # (B, K, 2, H / K, D)
+    against = _against(q, num_kv_heads, chunk_size, rope_theta, stride, local)  # (B, K, R, H / K, D)
     ring[0][:, :, slot, offset] = k
     ring[1][:, :, slot, offset] = v
 
     # With stride + 1 slots the partner c - stride lies in the slot after that of c, around the ring.
-    if slot + 1 < slots:
-        k_pair, v_pair = (x[:, :, slot : slot + 2] for x in ring)  # (B, K, 2, L, D)
+    if local:
+        read = [slot, *((chunk - back) % slots for back in range(1, local + 1))]
+        read += [(slot + 1) % slots] * (stride > local)
+        k_read, v_read = (torch.stack([x[:, :, i] for i in read], 2) for x in ring)
+    elif slot + 1 < slots:
+        k_read, v_read = (x[:, :, slot : slot + 2] for x in ring)  # (B, K, 2, L, D)
     else:
-        k_pair, v_pair = (torch.stack([x[:, :, slot], x[:, :, 0]], 2) for x in ring)
-    scores = torch.matmul(both, k_pair.transpose(-1, -2).to(q.dtype)).transpose(2, 3)  # (B, K, H / K, 2, L)
+        k_read, v_read = (torch.stack([x[:, :, slot], x[:, :, 0]], 2) for x in ring)
+    scores = torch.matmul(against, k_read.transpose(-1, -2).to(q.dtype)).transpose(
+        2, 3
+    )  # (B, K, H / K, R, L)
     scores[:, :, :, 0, offset + 1 :] = float("-inf")
-    if partner_of(chunk, stride, topology) < 0:
-        scores[:, :, :, 1] = float("-inf")
-    weights = (scores.flatten(3) * head_dim**-0.5).softmax(-1)  # (B, K, H / K, 2L)
-    return torch.matmul(weights, v_pair.flatten(2, 3).to(q.dtype)).view(batch, num_heads, head_dim)
+    for back in range(chunk + 1, local + 1):
+        scores[:, :, :, back] = float("-inf")
+    if stride > local and partner_of(chunk, stride, topology) < 0:
+        scores[:, :, :, -1] = float("-inf")
+    weights = (scores.flatten(3) * head_dim**-0.5).softmax(-1)  # (B, K, H / K, R L)
+    return torch.matmul(weights, v_read.flatten(2, 3).to(q.dtype)).view(batch, num_heads, head_dim)
 
 
 def _has_partner(chunk: Tensor, stride: int, topology: Topology) -> Tensor:
@@ -242,6 +307,7 @@ def step_attention_each(
     stride: int,
     topology: Topology,
     rope_theta: float | None,
+    local: int = 0,
     shares: list[Tensor] | None = None,
 ) -> Tensor:
     """`step_attention` for streams that stand at positions of their own: position (B,) int64.
@@ -255,20 +321,24 @@ def step_attention_each(
     row = torch.arange(batch, device=q.device)
     chunk, offset = position // chunk_size, position % chunk_size
     slot = chunk % slots
-    both = _against_both(q, num_kv_heads, chunk_size, rope_theta)  # (B, K, 2, H / K, D)
+    against = _against(q, num_kv_heads, chunk_size, rope_theta, stride, local)  # (B, K, R, H / K, D)
     ring[0][row, :, slot, offset] = k.to(ring[0].dtype)
     ring[1][row, :, slot, offset] = v.to(ring[1].dtype)
 
-    pair = torch.stack([slot, (slot + 1) % slots], 1)
-    k_pair, v_pair = (x[row[:, None], :, pair].transpose(1, 2).to(q.dtype) for x in ring)  # (B, K, 2, L, D)
-    scores = torch.matmul(both, k_pair.transpose(-1, -2)).transpose(2, 3)  # (B, K, H / K, 2, L)
+    read = [slot, *((chunk - back) % slots for back in range(1, local + 1))]
     later = torch.arange(chunk_size, device=q.device) > offset[:, None]  # (B, L)
-    alone = ~_has_partner(chunk, stride, topology)[:, None].expand_as(later)
-    hidden = torch.stack([later, alone], 1)[:, None, None]  # (B, 1, 1, 2, L)
-    weights = (scores.masked_fill(hidden, float("-inf")).flatten(3) * head_dim**-0.5).softmax(-1)
+    hidden = [later, *((chunk < back)[:, None].expand_as(later) for back in range(1, local + 1))]
+    if stride > local:
+        read.append((slot + 1) % slots)
+        hidden.append(~_has_partner(chunk, stride, topology)[:, None].expand_as(later))
+    index = torch.stack(read, 1)
+    k_read, v_read = (x[row[:, None], :, index].transpose(1, 2).to(q.dtype) for x in ring)  # (B, K, R, L, D)
+    scores = torch.matmul(against, k_read.transpose(-1, -2)).transpose(2, 3)  # (B, K, H / K, R, L)
+    unseen = torch.stack(hidden, 1)[:, None, None]  # (B, 1, 1, R, L)
+    weights = (scores.masked_fill(unseen, float("-inf")).flatten(3) * head_dim**-0.5).softmax(-1)
     if shares is not None:
         shares.append(weights[..., :chunk_size].sum(-1).mean((1, 2)))
-    return torch.matmul(weights, v_pair.flatten(2, 3)).view(batch, num_heads, head_dim)
+    return torch.matmul(weights, v_read.flatten(2, 3)).view(batch, num_heads, head_dim)
 
 
 def _nobody(x: Tensor, scores: int) -> Tensor:

@@ -22,10 +22,11 @@ def butterfly_attention_reference(
     chunk_size: int = 128,
     rope_theta: float | None = 10000.0,
     rotated: bool = False,
+    local: int = 0,
 ) -> Tensor:
     """q (B, N, H, D), k and v (B, N, Hkv, D) -> (B, N, H, D). O(N^2) time and memory.
 
-    rotated: q and k come rotated by their offset in the chunk.
+    rotated: q and k come rotated by their offset in the chunk. local: chunks before the own one read as well.
     """
     num_chars, num_heads, head_dim = q.shape[1:]
     group = num_heads // k.shape[2]
@@ -37,19 +38,22 @@ def butterfly_attention_reference(
     own = chunk[:, None] == chunk[None, :]  # (N, N), query by key
     if topology != "xor":
         own &= position[:, None] >= position[None, :]
-    across = partner[:, None] == chunk[None, :]
+    # A partner among the local chunks is read as one of them.
+    across = (partner[:, None] == chunk[None, :]) & (stride > local)
 
-    # The partner counts as the chunk just before, or just after when it lies later.
-    turn = torch.zeros_like(offset) if rotated else offset
-    further = turn + chunk_size * torch.sign(chunk - partner)
-    scores = [
-        torch.einsum(
+    def scores(query_turn: Tensor) -> Tensor:
+        return torch.einsum(
             "bqhd,bkhd->bhqk",
             rotate(q, *rope_table(query_turn, head_dim, rope_theta, q.dtype)),
             rotate(k, *rope_table(turn, head_dim, rope_theta, q.dtype)),
         )
-        for query_turn in (turn, further)
-    ]
-    visible = torch.where(own, scores[0], scores[1]) / head_dim**0.5
-    weights = visible.masked_fill(~(own | across), float("-inf")).softmax(-1)  # (B, H, N, N)
+
+    # The partner counts as the chunk just before the local ones, or just after when it lies later.
+    turn = torch.zeros_like(offset) if rotated else offset
+    further = turn + (local + 1) * chunk_size * torch.sign(chunk - partner)
+    visible, seen = torch.where(own, scores(turn), scores(further)), own | across
+    for back in range(1, local + 1):
+        near = chunk[:, None] == chunk[None, :] + back
+        visible, seen = torch.where(near, scores(turn + back * chunk_size), visible), seen | near
+    weights = (visible / head_dim**0.5).masked_fill(~seen, float("-inf")).softmax(-1)  # (B, H, N, N)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
