@@ -71,7 +71,7 @@ class SeveralChunks(Layer):
     """Reads the chunks so many before that `DISTANCES[self.reads]` gives for its stride. For the positions
     they stand one, two, three .. chunks back, the nearest first. Plain PyTorch: all keys are copied."""
 
-    reads = "previous"
+    reads = "partner and before"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, stride: int, backend: Backend | None) -> Tensor:
         """q, k and v (B, N, H, D) -> (B, N, H, D)."""
@@ -107,10 +107,8 @@ class SeveralChunks(Layer):
         return y.view(batch, chunks, heads, chunk, size).transpose(2, 3).flatten(1, 2)[:, :chars]
 
 
-# For a layer's stride: how many chunks back the chunks lie that it reads.
+# For a layer's stride: how many chunks back the chunks lie that it reads. `local_chunks` needs none of these.
 DISTANCES: dict[str, Callable[[int], list[int]]] = {
-    "previous": lambda stride: [1, stride],
-    "three before": lambda stride: [1, 2, 3, stride],
     "partner and before": lambda stride: [1, stride, stride + 1],
     "two partners": lambda stride: [1, stride, 2 * stride],
 }

@@ -350,4 +350,8 @@ def test_attention_of_nothing_is_refused(tmp_path):
     model = random_model(ButterflyConfig.preset("micro"))
     with pytest.raises(ValueError, match="the text is empty"):
         plot_attention(model, b"", tmp_path / "x.png", layer=0)
+    with pytest.raises(ValueError, match="draws two chunks, this model reads 3"):
+        plot_attention(
+            random_model(ButterflyConfig.preset("micro", local_chunks=1)), b"x", tmp_path / "x.png", layer=0
+        )
     assert not list(tmp_path.iterdir())

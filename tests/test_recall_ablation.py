@@ -68,8 +68,6 @@ def test_each_head_reads_at_its_own_stride(ablation: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("attends", "distances"),
     [
-        ("previous", [1, 4]),
-        ("three before", [1, 2, 3, 4]),
         ("partner and before", [1, 4, 5]),
         ("two partners", [1, 4, 8]),
     ],
@@ -82,21 +80,23 @@ def test_other_chunks_are_read_beside_the_partner(
     q, k, v = (x[:, :-5].requires_grad_() for x in rows(12))
     y = layer.attend(q, k, v, 4, "torch")
     assert y.shape == q.shape
-    if attends != "three before":  # no partner yet: the chunk before only
-        torch.testing.assert_close(y[:, :64], plain.attend(q, k, v, 1, "torch")[:, :64])
+    # No partner yet: the chunk before only.
+    torch.testing.assert_close(y[:, :64], plain.attend(q, k, v, 1, "torch")[:, :64])
     gradient = torch.autograd.grad(y[0, 9 * 16 + 3].sum(), v)[0][0].abs().sum((1, 2))
     chunks = {i for distance in distances for i in range((9 - distance) * 16, (10 - distance) * 16)}
     assert set(gradient.nonzero()[:, 0].tolist()) == chunks | set(range(9 * 16, 9 * 16 + 4))
 
 
-def test_with_a_stride_of_one_the_chunk_before_is_read_once(ablation: ModuleType) -> None:
+def test_near_partners_are_local_chunks(ablation: ModuleType) -> None:
     config = dataclasses.replace(NANO, num_heads=2, num_kv_heads=2, head_dim=16)
+    local = Layer(dataclasses.replace(config, local_chunks=2), True)
     q, k, v = rows()
-    y = ablation.ATTENDS["previous"](config, True).attend(q, k, v, 1, "torch")
-    torch.testing.assert_close(y, Layer(config, True).attend(q, k, v, 1, "torch"))
+    for attends in ("partner and before", "two partners"):
+        y = ablation.ATTENDS[attends](config, True).attend(q, k, v, 1, "torch")
+        torch.testing.assert_close(y, local.attend(q, k, v, 1, "torch"))
 
 
-@pytest.mark.parametrize("attends", ["heads", "previous"])
+@pytest.mark.parametrize("attends", ["heads", "two partners"])
 def test_only_butterfly_layers_read_otherwise(ablation: ModuleType, attends: str) -> None:
     model = ablation.builder("butterfly", "powers", 0, attends)(NANO)
     kinds = [type(layer) for layer in model.layers]
@@ -106,7 +106,7 @@ def test_only_butterfly_layers_read_otherwise(ablation: ModuleType, attends: str
 
 
 @pytest.mark.parametrize(
-    ("twin", "attends"), [("butterfly", "partner"), ("butterfly", "previous"), ("full", "partner")]
+    ("twin", "attends"), [("butterfly", "partner"), ("butterfly", "two partners"), ("full", "partner")]
 )
 def test_taps_mix_in_the_characters_just_before(ablation: ModuleType, twin: str, attends: str) -> None:
     plain = ablation.builder(twin, "powers", 0, attends)(NANO)
@@ -164,7 +164,7 @@ def test_variants_are_trained_and_asked(
         ("x:strides='sideways'", "a butterfly has one of powers, "),
         ("x:strides='random',twin='full'", "a butterfly has one of powers, "),
         ("x:taps=true,twin='mamba2'", "no taps for mamba2"),
-        ("x:attends='all'", "a butterfly has one of partner, heads, previous, three before"),
+        ("x:attends='all'", "a butterfly has one of partner, heads, partner and before"),
         ("x:twin='mamba2'", "pip install 'butterfly-llm[peers]'"),
     ],
 )

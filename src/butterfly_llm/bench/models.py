@@ -21,11 +21,18 @@ def add_preset_options(parser: argparse.ArgumentParser, preset: str | None) -> N
     parser.add_argument(
         "--carry-heads", type=int, help="of the preset: heads of the carry, 0 for a gated one"
     )
+    parser.add_argument(
+        "--local-chunks", type=int, help="of the preset: chunks before its own that every chunk reads too"
+    )
 
 
 def config_of(options: argparse.Namespace) -> ButterflyConfig:
     """The preset that `add_preset_options` means, with its changes."""
-    wanted = {"num_kv_heads": options.kv_heads, "carry_heads": options.carry_heads}
+    wanted = {
+        "num_kv_heads": options.kv_heads,
+        "carry_heads": options.carry_heads,
+        "local_chunks": options.local_chunks,
+    }  # fmt: skip
     changes = {name: value for name, value in wanted.items() if value is not None}
     config = ButterflyConfig.preset(options.preset, **changes)
     return config if options.levels is None else config.with_levels(options.levels)
@@ -58,6 +65,12 @@ def model_of(options: argparse.Namespace) -> Butterfly:
     return model
 
 
+def chunks_read(model: Butterfly) -> float:
+    """By a character in all layers: half of its own, the local ones, a partner that is none of them."""
+    local = model.config.local_chunks
+    return sum(0.5 + local + (route.stride > local) for route in model.routes)
+
+
 def facts(model: Butterfly) -> dict[str, Any]:
     """What a record must say about a run."""
     on_gpu = model.embed.weight.is_cuda
@@ -68,5 +81,6 @@ def facts(model: Butterfly) -> dict[str, Any]:
         "num_levels": model.config.num_levels,
         "num_kv_heads": model.config.num_kv_heads,
         "carry_heads": model.config.carry_heads,
+        "local_chunks": model.config.local_chunks,
         "dtype": str(model.compute_dtype).removeprefix("torch."),
     }

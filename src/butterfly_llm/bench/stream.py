@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from butterfly_llm.bench import run
+from butterfly_llm.bench.models import chunks_read
 from butterfly_llm.cache import Cache
 from butterfly_llm.checkpoint import load_pretrained
 from butterfly_llm.memory import pick_device
@@ -59,16 +60,16 @@ def prefill_operations(model: Butterfly, num_chars: int) -> float:
     config = model.config
     matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
     matrices += sum(p.numel() for m in (model.writes, model.merges) for p in m.parameters() if p.ndim == 2)
-    keys = 1.5 * config.chunk_size * config.num_layers  # half of the own chunk, all of the partner
+    keys = chunks_read(model) * config.chunk_size
     return num_chars * (2 * matrices + 4 * keys * config.num_heads * config.head_dim)
 
 
 def step_bytes(model: Butterfly, cache: Cache) -> int:
-    """What a step must read: every matrix in the compute dtype, keys and values of two chunks a layer."""
+    """What a step must read: every matrix in the compute dtype, keys and values of a layer's chunks."""
     values = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.embed.weight.numel()
     weights = values * model.compute_dtype.itemsize
-    rings = sum(x[:, :, :1].nbytes for x in (*cache.keys, *cache.values))
-    return int(weights + 1.5 * rings)  # half of the own chunk on average
+    chunk = cache.keys[0][:, :, :1].nbytes + cache.values[0][:, :, :1].nbytes
+    return int(weights + chunks_read(model) * chunk)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

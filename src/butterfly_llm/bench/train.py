@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 
 from butterfly_llm.bench import run
-from butterfly_llm.bench.models import add_preset_options, config_of
+from butterfly_llm.bench.models import add_preset_options, chunks_read, config_of
 from butterfly_llm.bench.stream import matmul_rate
 from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.config import ButterflyConfig, TrainConfig
@@ -36,9 +36,7 @@ NOMINAL = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090":
 def step_operations(model: Butterfly) -> float:
     """Of one training step, for each character: forward once and backward twice as much."""
     config = model.config
-    # Half of the own chunk, all of the local ones and of a partner that is none of them.
-    chunks = sum(0.5 + config.local_chunks + (route.stride > config.local_chunks) for route in model.routes)
-    keys = chunks * config.chunk_size
+    keys = chunks_read(model) * config.chunk_size
     weights = model.num_parameters() - model.embed.weight.numel()
     return 6 * weights + 12 * keys * config.num_heads * config.head_dim
 
