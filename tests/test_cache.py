@@ -59,10 +59,18 @@ def test_forks_go_on_bit_by_bit_each_for_itself(variant: str, past: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("dtype", "pause"), [(torch.float32, 2 * L), (torch.bfloat16, 7), (torch.int8, 7), (torch.int8, 2 * L)]
+    ("dtype", "pause", "local"),
+    [
+        (torch.float32, 2 * L, 0),
+        (torch.bfloat16, 7, 0),
+        (torch.int8, 7, 0),
+        (torch.int8, 2 * L, 0),
+        (torch.float32, 2 * L - 2, 3),  # the second fork stands at the end of a chunk
+        (torch.int8, 2 * L, 2),
+    ],
 )
-def test_forks_of_forks_copies_and_batches(dtype: torch.dtype, pause: int) -> None:
-    model = random_model(ButterflyConfig.preset("micro"))
+def test_forks_of_forks_copies_and_batches(dtype: torch.dtype, pause: int, local: int) -> None:
+    model = random_model(ButterflyConfig.preset("micro", local_chunks=local))
     cache = model.new_cache(2, dtype=dtype)
     model.prefill(text(130, batch=2), cache)
     first, _ = cache.fork(2)
@@ -102,9 +110,29 @@ def test_a_fork_holds_only_what_it_adds() -> None:
         cache.fork(0)
 
 
-def test_a_saved_fork_is_a_state_of_its_own(tmp_path: Path) -> None:
-    model = random_model(ButterflyConfig.preset("micro"))
-    cache = model.new_cache()
+def test_local_chunks_cost_slots_for_keys_and_values_alone() -> None:
+    model = random_model(ButterflyConfig.preset("micro", local_chunks=2))
+    model.prefill(text(300), cache := model.new_cache())
+    assert cache.nbytes == cache_nbytes(model.config)
+    (fork,) = cache.fork(1)
+    model.prefill(text(2000, 4), fork)
+    assert fork.held_nbytes == fork.nbytes
+    eight = model.new_cache(dtype=torch.int8)
+    for route, whole, near, few in zip(
+        model.routes, cache.windows(), fork.windows(), eight.windows(), strict=True
+    ):
+        slots = 3 + (route.stride > 2)
+        assert whole[0].shape[-3] == whole[1].shape[-3] == max(route.stride, 2) + 1
+        assert [x.shape[-3] for x in (*near[:2], *few[:2])] == [slots] * 4
+        for carry, count in ((whole[2], route.stride + 1), (near[2], 2), (few[2], 2)):
+            assert carry is None or carry.shape[-3] == count
+
+
+@pytest.mark.parametrize("local", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_saved_fork_is_a_state_of_its_own(tmp_path: Path, dtype: torch.dtype, local: int) -> None:
+    model = random_model(ButterflyConfig.preset("micro", local_chunks=local))
+    cache = model.new_cache(dtype=dtype)
     model.prefill(text(300), cache)
     fork, other = cache.fork(2)
     go_on(model, other, 7)
@@ -117,10 +145,13 @@ def test_a_saved_fork_is_a_state_of_its_own(tmp_path: Path) -> None:
         model.prefill(text(17), fork)
 
 
-@pytest.mark.parametrize("heads", [0, 4])
+@pytest.mark.parametrize(("heads", "local"), [(0, 0), (4, 0), (4, 2)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.02), (torch.int8, 0.03)])
-def test_rings_in_fewer_bits_move_the_logits_little(dtype: torch.dtype, bound: float, heads: int) -> None:
-    model = random_model(ButterflyConfig.preset("micro", num_kv_heads=1, carry_heads=heads))
+def test_rings_in_fewer_bits_move_the_logits_little(
+    dtype: torch.dtype, bound: float, heads: int, local: int
+) -> None:
+    config = ButterflyConfig.preset("micro", num_kv_heads=1, carry_heads=heads, local_chunks=local)
+    model = random_model(config)
     exact, small = model.new_cache(), model.new_cache(dtype=dtype)
     assert small.dtype == dtype
     ids = text(300)
@@ -130,9 +161,9 @@ def test_rings_in_fewer_bits_move_the_logits_little(dtype: torch.dtype, bound: f
     assert 1e-4 < error < bound
 
 
-@pytest.mark.parametrize("heads", [0, 4])
-def test_8_bit_rings_are_saved_and_resumed_bit_by_bit(tmp_path: Path, heads: int) -> None:
-    model = random_model(ButterflyConfig.preset("micro", carry_heads=heads))
+@pytest.mark.parametrize(("heads", "local"), [(0, 0), (4, 0), (4, 2)])
+def test_8_bit_rings_are_saved_and_resumed_bit_by_bit(tmp_path: Path, heads: int, local: int) -> None:
+    model = random_model(ButterflyConfig.preset("micro", carry_heads=heads, local_chunks=local))
     for past in (L, 4 * L + 5, 500):
         cache = model.new_cache(2, dtype=torch.int8)
         model.prefill(text(past, batch=2), cache)

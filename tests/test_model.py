@@ -299,6 +299,24 @@ def test_partner_slot_is_next_to_the_own_slot() -> None:
             assert partner_of(chunk, stride, "shift") % (stride + 1) == (chunk + 1) % (stride + 1)
 
 
+@pytest.mark.parametrize("local", [1, 2, 3])
+@pytest.mark.parametrize("routing", ["shift", "xor_causal"])
+def test_local_chunks_are_heard_in_every_layer(routing: str, local: int) -> None:
+    """One layer of stride 8: the last character of a chunk hears its own, W before it, and the partner."""
+    config = dataclasses.replace(
+        MICRO, routing=routing, carry_size=0, num_passes=1, num_levels=4, num_local_layers=0,
+        num_refine_layers=0, chunk_size=4, local_chunks=local,
+    )  # fmt: skip
+    layer = random_model(config).layers[3]
+    x = torch.randn(1, 20 * 4, config.hidden_size, requires_grad=True)
+    y = layer(x, None, None, 8, "torch")
+    for chunk in range(20):
+        (gradient,) = torch.autograd.grad(y[0, chunk * 4 + 3].sum(), x, retain_graph=True)
+        partner = partner_of(chunk, 8, routing)
+        expected = {*range(max(0, chunk - local), chunk + 1), *([partner] if partner >= 0 else [])}
+        assert set(gradient[0].view(20, -1).norm(dim=1).nonzero().flatten().tolist()) == expected
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("slice_chars", [128, 64, 80, 37])
 def test_slices_through_one_call_of_the_attention_agree(variant: str, slice_chars: int) -> None:

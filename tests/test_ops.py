@@ -11,6 +11,7 @@ from butterfly_llm.ops import backends, butterfly_attention, default_backend
 from butterfly_llm.ops.loss import linear_cross_entropy
 from butterfly_llm.ops.reference import butterfly_attention_reference
 from butterfly_llm.ops.rope import rope_table, rotate
+from butterfly_llm.routing import Topology, partner_of
 from conftest import chunk_error
 from test_recompute import Peak
 
@@ -85,16 +86,28 @@ def test_reference_sees_exactly_own_partner_and_local_chunks(
         assert {u for u in range(num_chars) if weights[t, u] > 0} == seen
 
 
-def test_local_chunks_are_those_of_a_wider_window() -> None:
-    """Where the partner is a local chunk, attention is a window of three chunks, positions counted in it."""
-    q, k, v = (torch.randn(1, 32, 2, 8, dtype=torch.float64) for _ in range(3))
-    y = butterfly_attention_reference(q, k, v, stride=1, chunk_size=8, local=2)
-    table = rope_table(torch.arange(32), 8, 10000.0, torch.float64)
-    scores = torch.einsum("bqhd,bkhd->bhqk", rotate(q, *table), rotate(k, *table)) / 8**0.5
-    at = torch.arange(32)
-    seen = (at[:, None] >= at) & (at[:, None] // 8 <= at // 8 + 2)
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    torch.testing.assert_close(y, torch.einsum("bhqk,bkhd->bqhd", weights, v))
+@pytest.mark.parametrize(("topology", "stride"), [("shift", 1), ("shift", 5), ("xor_causal", 4)])
+@pytest.mark.parametrize("local", [1, 2, 3])
+def test_local_chunks_and_partner_stand_side_by_side(topology: Topology, stride: int, local: int) -> None:
+    """Against one softmax over plainly numbered positions: partner, local chunks, own."""
+    size, chunks = 4, 11
+    q, k, v = (x.detach()[:1] for x in random_qkv(size * chunks, torch.float64, heads=2, kv_heads=2))
+    y = butterfly_attention_reference(q, k, v, stride=stride, topology=topology, chunk_size=size, local=local)
+    for chunk in range(chunks):
+        partner = partner_of(chunk, stride, topology)
+        near = list(range(max(0, chunk - local), chunk + 1))
+        read = {c: c - chunk for c in near} | (
+            {partner: -local - 1} if partner >= 0 and stride > local else {}
+        )
+        rows = torch.cat([torch.arange(size) + c * size for c in read])
+        places = torch.cat([torch.arange(size) + (at + local + 1) * size for at in read.values()])
+        own = torch.arange(size) + (local + 1) * size
+        turned = rotate(q[0, chunk * size : (chunk + 1) * size], *rope_table(own, 8, 10000.0, q.dtype))
+        keys = rotate(k[0, rows], *rope_table(places, 8, 10000.0, q.dtype))
+        scores = torch.einsum("qhd,khd->hqk", turned, keys) / 8**0.5
+        weights = scores.masked_fill(places > own[:, None], float("-inf")).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights, v[0, rows])
+        assert torch.allclose(y[0, chunk * size : (chunk + 1) * size], expected, atol=1e-12), chunk
 
 
 def test_scores_depend_on_the_distance_inside_the_pair_alone() -> None:

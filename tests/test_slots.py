@@ -23,6 +23,7 @@ CONFIGS = {
     "grouped": {"num_kv_heads": 1, "feed_forward": "swiglu"},
     "no carry": {"carry_size": 0, "rope_theta": None},
     "xor_causal": {"routing": "xor_causal"},
+    "local chunks": {"local_chunks": 2},
 }
 
 
@@ -38,10 +39,13 @@ def model():
     return model_of()
 
 
-def partners(model, cache):
-    """For each layer the partner of the chunk of the last character, below 0 where there is none."""
-    chunk = (cache.position - 1) // model.config.chunk_size
-    return [partner_of(chunk, route.stride, model.config.routing) for route in model.routes]
+def alone_in(model, cache):
+    """For each layer whether the last character read its own chunk only."""
+    chunk, config = (cache.position - 1) // model.config.chunk_size, model.config
+    return [
+        partner_of(chunk, route.stride, config.routing) < 0 and not min(chunk, config.local_chunks)
+        for route in model.routes
+    ]
 
 
 def check_that_each_steps_as_alone(model, stepper, tolerance=1e-4):
@@ -69,7 +73,7 @@ def check_that_each_steps_as_alone(model, stepper, tolerance=1e-4):
             ]
             torch.testing.assert_close(logits, torch.cat(expected), **near)
             for (cache, _), share in zip(now, shares or [], strict=shares is not None):
-                assert [one > 1 - 1e-5 for one in share] == [n < 0 for n in partners(model, cache)]
+                assert [one > 1 - 1e-5 for one in share] == alone_in(model, cache)
             for cache, alone in now:
                 assert cache.position == alone.position
                 furthest = max(furthest, cache.position)

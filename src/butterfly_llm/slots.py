@@ -50,7 +50,7 @@ class Stepper(Protocol):
         """Append a character to each of B streams -> logits (B, V). May be repeated when it failed.
 
         shares: a list for each stream, which gets for each layer the part of the attention that goes to the
-        own chunk; the rest goes to the partner.
+        own chunk; the rest goes to the partner and local chunks.
         """
 
 

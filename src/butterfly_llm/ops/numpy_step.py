@@ -201,7 +201,7 @@ def step(
     """Append a character to each of B streams -> logits (B, 256). The rings are updated in place.
 
     shares: a list for each stream, which gets for each layer the part of the attention, mean of the heads,
-    that goes to the own chunk; the rest goes to the partner.
+    that goes to the own chunk; the rest goes to the partner and local chunks.
     """
     eps = weights.eps
     alone = len(characters) == 1
