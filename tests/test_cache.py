@@ -18,8 +18,7 @@ VARIANTS = {
     "micro": {},
     "grouped, no carry": {"num_kv_heads": 1, "carry_size": 0},
     "xor_causal, extra levels": {"routing": "xor_causal", "num_extra_levels": 2},
-    "a local chunk": {"local_chunks": 1},
-    "local chunks, grouped": {"local_chunks": 3, "num_kv_heads": 1},
+    "local chunks": {"local_chunks": 3, "num_kv_heads": 1},
 }
 L = 16
 PAST = [1, L - 1, L, 5 * L, 9 * L + 3, 25 * L]

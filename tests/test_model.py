@@ -24,10 +24,7 @@ VARIANTS = {
     "xor_causal": dataclasses.replace(MICRO, routing="xor_causal"),
     "gated carry": dataclasses.replace(MICRO, carry_heads=0),
     "extra levels": dataclasses.replace(MICRO, num_extra_levels=2),
-    "a local chunk": dataclasses.replace(MICRO, local_chunks=1),
-    "local chunks, xor_causal": dataclasses.replace(
-        MICRO, local_chunks=3, routing="xor_causal", num_kv_heads=1
-    ),
+    "local chunks": dataclasses.replace(MICRO, local_chunks=2, num_kv_heads=1),
 }
 
 

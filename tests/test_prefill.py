@@ -54,18 +54,25 @@ def read(
 
 
 @kernels
-@pytest.mark.parametrize("topology", ["shift", "xor_causal"])
 @pytest.mark.parametrize(
-    ("stride", "parts"),
+    ("topology", "stride", "parts", "local"),
     [
-        (1, [48, 16, 33, 5, 40]),
-        (2, [1, 30, 64, 17]),
-        (4, [64, 64, 32, 3]),
-        (8, [32, 32, 32, 96, 130]),
+        *(
+            (topology, stride, parts, 0)
+            for topology in ("shift", "xor_causal")
+            for stride, parts in (
+                (1, [48, 16, 33, 5, 40]),
+                (2, [1, 30, 64, 17]),
+                (4, [64, 64, 32, 3]),
+                (8, [32, 32, 32, 96, 130]),
+            )
+        ),
+        ("shift", 4, [64, 64, 32, 3], 1),
+        ("shift", 2, [1, 30, 64, 17], 3),
+        ("xor_causal", 4, [32, 37, 60], 2),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("local", [0, 1, 3])
 def test_slices_of_a_stream(topology: Topology, stride: int, parts: list[int], local: int) -> None:
     rings, twins = (empty(stride, local=local) for _ in range(2))
     read(rings, twins, parts, stride, topology, local)
