@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +66,14 @@ def _attend_causal(
     stride: int,
     topology: Topology,
     rope_theta: float | None,
+    local: int,
 ) -> Tensor:
     """Chunks first_chunk.. of a causal stream: q (B, C, H, L, D), k and v (B, C, K, L, D), rotated.
 
     `history` reads keys and values (B, K, C, L, D) of chunks before first_chunk by their number.
     """
+    if local:
+        return _attend_several(q, k, v, history, first_chunk, stride, topology, rope_theta, local)
     chunks, chunk_size, head_dim = q.shape[1], q.shape[3], q.shape[4]
     with_partner, without, before, from_here = [], [], [], []
     for i in range(chunks):
@@ -191,13 +193,8 @@ def butterfly_attention_portable(
     if topology == "xor":
         y = _attend_bidirectional(q, k, v, num_chars, stride, rope_theta)
     else:
-        y = _attend_before(q, k, v, None, 0, stride, topology, rope_theta, local)
+        y = _attend_causal(q, k, v, None, 0, stride, topology, rope_theta, local)
     return y.transpose(2, 3).flatten(1, 2)[:, :num_chars]
-
-
-def _attend_before(*inputs: Any) -> Tensor:
-    """`_attend_several`, or without local chunks, the last of its arguments, `_attend_causal`."""
-    return _attend_several(*inputs) if inputs[-1] else _attend_causal(*inputs[:-1])
 
 
 def prefill_attention(
@@ -227,7 +224,7 @@ def prefill_attention(
     def history(chunks: list[int]) -> tuple[Tensor, Tensor]:
         return rings[0].read(chunks), rings[1].read(chunks)
 
-    y = _attend_before(q, k, v, history, first_chunk, stride, topology, rope_theta, local)
+    y = _attend_causal(q, k, v, history, first_chunk, stride, topology, rope_theta, local)
     for x, ring in zip((k, v), rings, strict=True):
         ring.write(first_chunk, x.transpose(1, 2))
     return y.transpose(2, 3).flatten(1, 2)[:, front : front + num_chars]
@@ -280,9 +277,8 @@ def step_attention(
         k_read, v_read = (x[:, :, slot : slot + 2] for x in ring)  # (B, K, 2, L, D)
     else:
         k_read, v_read = (torch.stack([x[:, :, slot], x[:, :, 0]], 2) for x in ring)
-    scores = torch.matmul(against, k_read.transpose(-1, -2).to(q.dtype)).transpose(
-        2, 3
-    )  # (B, K, H / K, R, L)
+    scores = torch.matmul(against, k_read.transpose(-1, -2).to(q.dtype))  # (B, K, R, H / K, L)
+    scores = scores.transpose(2, 3)  # (B, K, H / K, R, L)
     scores[:, :, :, 0, offset + 1 :] = float("-inf")
     for back in range(chunk + 1, local + 1):
         scores[:, :, :, back] = float("-inf")
