@@ -143,12 +143,8 @@ ATTENDS: dict[str, type[Layer]] = {"partner": Layer, "heads": StrideForEachHead}
 def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """ "name:key=value,train.key=value" -> name, fields of the model, fields of the run."""
     name, _, rest = text.partition(":")
-    model: dict[str, Any] = {}
-    run: dict[str, Any] = {}
-    for change in filter(None, rest.split(",")):
-        key, _, value = change.partition("=")
-        target = run if key.startswith("train.") else model
-        target[key.removeprefix("train.")] = tomllib.loads(f"value = {value}")["value"]
+    model: dict[str, Any] = tomllib.loads(f"all = {{{rest}}}")["all"]
+    run: dict[str, Any] = model.pop("train", {})
     return name, model, run
 
 
@@ -233,7 +229,8 @@ def compare(options: argparse.Namespace) -> None:
         attends = model_changes.get("attends", "partner")
         seed, taps = run_changes.get("seed", 0), model_changes.get("taps", False)
         build = builder(twin, strides, seed, attends, taps)
-        model_config = twins.twin_config(twin, model_config)
+        ngram_orders = model_config.ngram_orders  # a twin has them where they are asked for
+        model_config = dataclasses.replace(twins.twin_config(twin, model_config), ngram_orders=ngram_orders)
         lengths = growing(first, options.length)
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig.from_dict({

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from butterfly_llm import memory
 from butterfly_llm.config import ButterflyConfig
+from butterfly_llm.ngrams import NgramState, state_nbytes
 from butterfly_llm.rings import ForkedRing, QuantisedRing, Ring
 from butterfly_llm.routing import LayerRoute, schedule
 
@@ -45,7 +46,8 @@ def cache_nbytes(config: ButterflyConfig, batch_size: int = 1, dtype: torch.dtyp
         rows += chars * 2 * config.num_kv_heads + lanes * (2 if config.carry_heads else 1)
         values += chars * 2 * config.num_kv_heads * config.head_dim + lanes * config.carry_width
     scales = 4 * rows if dtype == torch.int8 else 0
-    return batch_size * (values * dtype.itemsize + scales)
+    ngrams = state_nbytes(config.ngram_orders, config.ngram_slots)
+    return batch_size * (values * dtype.itemsize + scales + ngrams)
 
 
 def prefill_slice(config: ButterflyConfig, batch_size: int, value_bytes: int, device: str) -> int:
@@ -78,6 +80,7 @@ class Cache:
     keys: list[Tensor]  # per layer (B, Hkv, S, L, D), normalised and rotated by the offset in the chunk
     values: list[Tensor]  # per layer (B, Hkv, S, L, D)
     carries: list[Tensor | None]  # per layer (B, S, L, M) for butterfly layers with a carry, before the merge
+    ngrams: NgramState | None = None  # for a model that is told what followed before
     logits: Tensor | None = None  # (B, 256) float32 for the next character, once something is read
     recent: bytes = b""  # the last characters of a single stream, as far as `generate` has read them
     paged: Layers | None = None
@@ -121,7 +124,10 @@ class Cache:
             carry = ring(*lanes, scores=config.carry_heads) if carried else None
             keys, values = (ring(*shape, local=config.local_chunks) for _ in range(2))
             layers.append((keys, values, carry))
-        return cls._of(config, 0, layers, paged=dtype == torch.int8)
+        cache = cls._of(config, 0, layers, paged=dtype == torch.int8)
+        if config.ngram_orders:
+            cache.ngrams = NgramState.new(config.ngram_orders, config.ngram_slots, batch_size, device)
+        return cache
 
     @classmethod
     def _of(cls, config: ButterflyConfig, position: int, layers: Layers, *, paged: bool) -> Cache:
@@ -161,6 +167,8 @@ class Cache:
         if self._borrows:
             for ring in self._all_rings():
                 ring.window = ring.window.clone()
+            if self.ngrams is not None:
+                self.ngrams = self.ngrams.clone()
             self._borrows = False
             self._show(self.paged)
         chunk, offset = divmod(self.position, self.config.chunk_size)
@@ -208,6 +216,7 @@ class Cache:
             layers = cast(Layers, list(zip(rings[::3], rings[1::3], rings[2::3], strict=True)))
             fork = Cache._of(self.config, self.position, layers, paged=True)
             fork.logits, fork.recent, fork._borrows = self.logits, self.recent, True
+            fork.ngrams = self.ngrams
             forks.append(fork)
         return forks
 
@@ -235,6 +244,8 @@ class Cache:
                     for part, tensor in ring.parts().items():
                         filled = min(chunks, tensor.shape[-3])
                         yield f"{name}.{index}{part}", tensor.narrow(-3, 0, filled)
+        if self.ngrams is not None and chunks:
+            yield from self.ngrams.tensors().items()
         if self.logits is not None:
             yield "logits", self.logits
 
@@ -248,6 +259,7 @@ class Cache:
             if start < stop:
                 whole.write(start, own.read(range(start, stop)))
         cache.position, cache.logits, cache.recent = self.position, self.logits, self.recent
+        cache.ngrams = None if self.ngrams is None else self.ngrams.clone()
         return cache
 
     def tensors(self) -> list[Tensor]:
@@ -259,13 +271,17 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rings when full; of a fork, without the past that it shares."""
-        return sum(ring.nbytes for ring in self._all_rings())
+        """Bytes of the rings when full and of the n-grams; of a fork, without the past that it shares."""
+        return self._ngram_nbytes + sum(ring.nbytes for ring in self._all_rings())
+
+    @property
+    def _ngram_nbytes(self) -> int:
+        return 0 if self.ngrams is None else self.ngrams.nbytes
 
     @property
     def held_nbytes(self) -> int:
         """Bytes that this stream holds by now, without what it shares with other forks."""
-        windows = 0 if self._borrows else sum(x.nbytes for x in self.tensors())
+        windows = 0 if self._borrows else self._ngram_nbytes + sum(x.nbytes for x in self.tensors())
         return windows + sum(ring.held_nbytes for ring in self._all_rings())
 
     @property
@@ -288,4 +304,5 @@ class Cache:
         ]
         cache = Cache._of(self.config, self.position, layers, paged=self.paged is not None)
         cache.logits, cache.recent = self.logits, self.recent
+        cache.ngrams = None if self.ngrams is None else self.ngrams.clone()
         return cache

@@ -13,6 +13,7 @@ FeedForward = Literal["relu2", "swiglu"]
 
 VOCAB_SIZE = 256
 MAX_REPETITION_WINDOW = 65_536
+MAX_ORDER = 63  # of n-grams
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class ButterflyConfig:
     """Added to the mean square in every RMSNorm."""
     vocab_size: int = VOCAB_SIZE
     """Latin-1: one character, one token."""
+    ngram_orders: tuple[int, ...] = ()
+    """Numbers n, rising, at most 63: an input of each character is what followed the last n characters when
+    they stood before, for each n. Empty: no such input."""
+    ngram_slots: int = 2**21
+    """Places for n-grams that a stream keeps for each n, 4 bytes each; a power of two."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -73,7 +79,7 @@ class ButterflyConfig:
             lowest = 0 if field.name in _MAY_BE_ZERO else 1
             if whole and value < lowest:
                 raise ValueError(f"config: {field.name} must be at least {lowest}, not {value}")
-            if whole and value > _MAX_SIZE:
+            if whole and value > _MAX_SIZE and field.name != "ngram_slots":
                 raise ValueError(f"config: {field.name} must be at most {_MAX_SIZE}, not {value:.6g}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -104,6 +110,13 @@ class ButterflyConfig:
             raise ValueError(
                 f"config: local_chunks {self.local_chunks} must be at most 8, and 0 for routing xor"
             )
+        object.__setattr__(self, "ngram_orders", _orders(self.ngram_orders))
+        if self.ngram_slots & (self.ngram_slots - 1) or not 16 <= self.ngram_slots <= 2**22:
+            raise ValueError(
+                f"config: ngram_slots {self.ngram_slots} must be a power of two from 16 to {2**22}"
+            )
+        if self.ngram_orders and self.routing == "xor":
+            raise ValueError("config: ngram_orders must be empty for routing xor, which reads both ways")
         if self.max_levels > 24:
             raise ValueError(f"config: {self.max_levels} levels are above 24 (2 billion characters)")
         if not 1 <= self.num_layers <= _MAX_LAYERS:
@@ -173,7 +186,8 @@ class ButterflyConfig:
         return dataclasses.replace(PRESETS[name], **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """As JSON gives it back."""
+        return dataclasses.asdict(self) | {"ngram_orders": list(self.ngram_orders)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ButterflyConfig:
@@ -185,6 +199,18 @@ class ButterflyConfig:
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise ValueError(f"config: unknown field {key!r}{hint}")
         return cls(**values)
+
+
+def _orders(orders: Any) -> tuple[int, ...]:
+    """`ButterflyConfig.ngram_orders` from any sequence, checked."""
+    found = tuple(orders) if isinstance(orders, (list, tuple)) else (None,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_ORDER for n in found) or (
+        found != tuple(sorted(set(found)))
+    ):
+        raise ValueError(
+            f"config: ngram_orders must be rising whole numbers from 1 to {MAX_ORDER}, not {orders!r:.80}"
+        )
+    return found
 
 
 # Far beyond any model, and small enough that refusing one takes neither time nor memory.

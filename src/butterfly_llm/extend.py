@@ -55,6 +55,21 @@ def extend_levels(model: Butterfly, num_levels: int, num_passes: int | None = No
     return extended
 
 
+def extend_ngrams(model: Butterfly, orders: tuple[int, ...]) -> Butterfly:
+    """A copy of `model` that is told what followed n-grams, on its device: rows of zeros, so nothing changes.
+
+    orders: as `ButterflyConfig.ngram_orders`. ValueError for a model that has them already.
+    """
+    if model.config.ngram_orders or not orders:
+        raise ValueError(f"extend: the model has n-grams of {model.config.ngram_orders}, asked are {orders}")
+    with torch.device(model.embed.weight.device), torch.random.fork_rng(devices=[]):
+        extended = Butterfly(dataclasses.replace(model.config, ngram_orders=orders))
+    missing = extended.load_state_dict(model.state_dict(), strict=False).missing_keys
+    assert missing == ["ngram.weight"]
+    extended.compute_dtype = model.compute_dtype
+    return extended
+
+
 def _sources(config: ButterflyConfig, longer: ButterflyConfig) -> Iterator[tuple[int, tuple[int, bool]]]:
     """For each layer of the longer model the layer it continues, and whether it is new."""
     old = {(r.pass_index, r.level): r.index for r in routes_of(config) if r.stage == "butterfly"}

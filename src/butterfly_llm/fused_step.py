@@ -18,6 +18,7 @@ from butterfly_llm.cache import Cache
 from butterfly_llm.carry import lanes_of, written
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly
+from butterfly_llm.ops.triton_ngrams import ngram_rows
 from butterfly_llm.ops.triton_rows import merge_heads_step, merge_step, rows_product
 from butterfly_llm.ops.triton_step import step_attention_triton
 
@@ -27,6 +28,16 @@ def unfused(config: ButterflyConfig) -> str | None:
     if config.feed_forward != "relu2":
         return f"feed_forward {config.feed_forward!r} has no kernel, relu2 has"
     return None
+
+
+def embedded(ids: Tensor, positions: Tensor, cache: Cache, embed: Tensor, ngram: Tensor | None) -> Tensor:
+    """ids and positions (B,) int64, tables (256, d) and (O * 257, d) -> (B, d), before the norm.
+
+    What followed is looked up, and brought up to date in the cache.
+    """
+    if ngram is None or cache.ngrams is None:
+        return F.embedding(ids, embed)
+    return ngram_rows(ids, positions, cache.ngrams, embed, ngram)
 
 
 class FusedStep:
@@ -52,7 +63,7 @@ class FusedStep:
         eps, topology = config.norm_eps, config.routing
         heads = (-1, config.head_dim)
         x = F.rms_norm(
-            F.embedding(ids, weights["embed.weight"]),
+            embedded(ids, positions, cache, weights["embed.weight"], weights.get("ngram.weight")),
             (config.hidden_size,),
             weights["embed_norm.weight"],
             eps,

@@ -138,6 +138,9 @@ class ButterflyCache(HFCache):
         for ring, slots in self._rings(self.state):
             view = ring.narrow(slots, 0, min(used, ring.shape[slots]))
             view.copy_(view.index_select(0, beam_idx.to(ring.device)))
+        if self.state.ngrams is not None:
+            for held in self.state.ngrams.tensors().values():
+                held.copy_(held.index_select(0, beam_idx.to(held.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the streams `indices` (integers or a mask), which may be more or fewer than there are."""
@@ -152,7 +155,8 @@ class ButterflyCache(HFCache):
         old = self.state
         carries = [None if ring is None else select(ring) for ring in old.carries]
         keys, values = map(select, old.keys), map(select, old.values)
-        self.state = Cache(old.config, old.position, list(keys), list(values), carries)
+        followed = None if old.ngrams is None else old.ngrams.rows(indices.to(old.ngrams.history.device))
+        self.state = Cache(old.config, old.position, list(keys), list(values), carries, followed)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each stream `repeats` times: a prompt read once, continued in several ways."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from butterfly_llm.cache import Cache, prefill_slice, routes_of
+from butterfly_llm import ngrams
 from butterfly_llm.carry import CarryMerge, CarryWrite, lanes_of
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.modules import FeedForward, Linear, RMSNorm
@@ -191,6 +192,12 @@ class Butterfly(nn.Module):
             config.hidden_size,
             _weight=torch.empty(config.vocab_size, config.hidden_size),
         )
+        self.ngram = None
+        if config.ngram_orders:  # of each n a row a character, and one for nothing
+            rows = len(config.ngram_orders) * (ngrams.NOTHING + 1)
+            self.ngram = nn.Embedding(
+                rows, config.hidden_size, _weight=torch.zeros(rows, config.hidden_size)
+            )
         self.embed_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(
             Layer(config, reads_carry=has_carry and self._reads_carry(route.stage)) for route in self.routes
@@ -213,6 +220,10 @@ class Butterfly(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def num_lookup_parameters(self) -> int:
+        """Of those, the rows that are looked up, which no product reads."""
+        return sum(x.weight.numel() for x in (self.embed, self.ngram) if x is not None)
+
     def compile_layers(self) -> None:
         """Compile the parts of a layer once, for all layers and sequence lengths; for training on a GPU.
 
@@ -229,14 +240,20 @@ class Butterfly(nn.Module):
         self._write = torch.compile(CarryWrite.forward, dynamic=False)
         self._merge = torch.compile(CarryMerge.forward, dynamic=False)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        """Integer ids (...) -> (..., d)."""
+    def _embed(self, ids: Tensor, followers: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Integer ids (...) -> (..., d). followers: ids -> (..., O), as `ngrams`; None: of whole texts (B, N)."""
         if ids.numel() == 0:
             raise ValueError("no characters: ids is empty")
         if ids.dtype not in (torch.uint8, torch.int32, torch.int64):
             raise ValueError(f"ids must be uint8, int32 or int64, not {ids.dtype}")
-        x = F.embedding(ids.long(), self.embed.weight).to(self.compute_dtype)
-        return cast(Tensor, self.embed_norm(x))
+        ids = ids.long()
+        x = F.embedding(ids, self.embed.weight)
+        if self.ngram is not None:
+            orders, slots = self.config.ngram_orders, self.config.ngram_slots
+            found = ngrams.followers(ids, orders, slots) if followers is None else followers(ids)
+            for o in range(len(orders)):
+                x = x + F.embedding(found[..., o] + o * (ngrams.NOTHING + 1), self.ngram.weight)
+        return cast(Tensor, self.embed_norm(x.to(self.compute_dtype)))
 
     def _angles(self, position: int | Tensor, ids: Tensor) -> Angles | None:
         """By which `project` rotates the characters position.. of ids (B, T), or the next one, ids (B,)."""
@@ -401,13 +418,18 @@ class Butterfly(nn.Module):
         backend = self.backend or default_backend(ids.device)
         attend = prefill_attention_triton if backend == "triton" else prefill_attention
         angles = self._angles(cache.position, ids)
-        x = self._stream(ids, cache.position, cache.rings(), angles, attend, partner_rows_prefill, backend)
+        known = partial(
+            ngrams.followers, orders=self.config.ngram_orders, slots=self.config.ngram_slots,
+            state=cache.ngrams, position=cache.position,
+        )  # fmt: skip
+        x = self._embed(ids, known)
+        x = self._stream(x, cache.position, cache.rings(), angles, attend, partner_rows_prefill, backend)
         cache.position += ids.shape[1]
         return x
 
     def _stream(
         self,
-        ids: Tensor,
+        x: Tensor,
         position: int | Tensor,
         rings: Sequence[tuple[Any, Any, Any]],
         angles: Angles | None,
@@ -415,7 +437,7 @@ class Butterfly(nn.Module):
         partner_of: Callable[..., Tensor],
         backend: Backend = "torch",
     ) -> Tensor:
-        """Characters ids (B, T) or (B,) of a stream through all layers -> (B, T, d) or (B, d)."""
+        """Embedded characters x (B, T, d) or (B, d) of a stream through all layers, which keep its shape."""
 
         def run_layer(index: int, x: Tensor, memory: Tensor | None) -> Tensor:
             layer, stride = cast(Layer, self.layers[index]), self.routes[index].stride
@@ -439,7 +461,7 @@ class Butterfly(nn.Module):
             module = cast(CarryWrite, self.writes[index])
             return self._write(module, x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
-        return self._walk(self._embed(ids), run_layer, run_merge, run_write, self.routes)[0]
+        return self._walk(x, run_layer, run_merge, run_write, self.routes)[0]
 
     @torch.inference_mode()
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
@@ -450,7 +472,8 @@ class Butterfly(nn.Module):
             return self.step_streams([int(ids)], [cache])
         cache.begin()
         angles = self._angles(cache.position, ids)
-        x = self._stream(ids, cache.position, cache.windows(), angles, step_attention, partner_row_step)
+        x = self._embed_step(ids, torch.full_like(ids, cache.position, dtype=torch.int64), cache)
+        x = self._stream(x, cache.position, cache.windows(), angles, step_attention, partner_row_step)
         cache.position += 1
         cache.logits = cast(Tensor, self.head(self.norm(x)).float())
         return cache.logits
@@ -471,8 +494,14 @@ class Butterfly(nn.Module):
         else:
             attend = partial(step_attention_each, shares=shares)
             angles = self._angles(positions, ids)
-        x = self._stream(ids, positions, cache.windows(), angles, attend, partner_row_step_each)
+        x = self._embed_step(ids, positions, cache)
+        x = self._stream(x, positions, cache.windows(), angles, attend, partner_row_step_each)
         return cast(Tensor, self.head(self.norm(x)).float())
+
+    def _embed_step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """ids and positions (B,) -> (B, d); what followed is looked up and brought up to date in the cache."""
+        state = cache.ngrams
+        return self._embed(ids, None if state is None else lambda ids: ngrams.step(ids, positions, state))
 
     def _on_cpu_in_float32(self, cache: Cache) -> bool:
         tensors = (self.head.weight, cache.keys[0])
@@ -494,7 +523,14 @@ class Butterfly(nn.Module):
         positions = [cache.position for cache in caches]
         arrays = [cache.arrays() for cache in caches]
         weights = self._numpy_weights()
-        logits = torch.from_numpy(numpy_step.step(characters, positions, weights, arrays, shares))
+        followers = [
+            ngrams.step_numpy(character, cache.position, cache.ngrams.orders, *cache.ngrams.arrays())
+            for character, cache in zip(characters, caches, strict=True)
+            if cache.ngrams is not None
+        ]
+        logits = torch.from_numpy(
+            numpy_step.step(characters, positions, weights, arrays, shares, followers)
+        )
         for i, cache in enumerate(caches):
             cache.position += 1
             cache.logits = logits[i : i + 1]
@@ -559,6 +595,7 @@ class Butterfly(nn.Module):
             routes=self.routes,
             layers=layers,
             embed=vector(self.embed.weight),
+            ngram=None if self.ngram is None else vector(self.ngram.weight),
             embed_norm=vector(self.embed_norm.weight),
             norm=vector(self.norm.weight),
             head=matrix(self.head),

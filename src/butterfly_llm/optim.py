@@ -111,7 +111,7 @@ def orthogonalise(
 
 
 class Optimizers:
-    """Muon for the matrices, AdamW for embedding, head and vectors, stepped as one."""
+    """Muon for the matrices, AdamW for embeddings, head and vectors, stepped as one."""
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.names: dict[Tensor, str] = {}
@@ -121,7 +121,7 @@ class Optimizers:
         rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             self.names[parameter] = name
-            inside = parameter.ndim == 2 and name.split(".")[0] not in ("embed", "head")
+            inside = parameter.ndim == 2 and name.split(".")[0] not in ("embed", "ngram", "head")
             (matrices if inside else rest).append(parameter)
         self.muon = Muon(
             matrices,

@@ -17,6 +17,7 @@ from butterfly_llm.cache import Cache
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly
 from butterfly_llm.ops.rope import rope_table
+from butterfly_llm.ops.triton_ngrams import ngram_rows
 
 _SPLITS = 2  # programs among which the keys of a head are divided
 
@@ -83,6 +84,10 @@ class PersistentStep:
         self.programs = programs or 1
         self.num_warps = num_warps or (8 if wide else 4)
         self.embed = model.embed.weight.detach().to(model.compute_dtype).contiguous()
+        self.ngram = None
+        if model.ngram is not None:
+            self.ngram = model.ngram.weight.detach().to(model.compute_dtype).contiguous()
+        self.first = torch.zeros(1, dtype=torch.int64, device=keys.device)
         self.weights = self._matrices()
         self.vectors = self._vectors()
         table, scans = self._table()
@@ -221,9 +226,13 @@ class PersistentStep:
         from butterfly_llm.ops.triton_persistent_kernel import persistent_kernel
 
         self.launch += 1
+        embed, row = self.embed, ids
+        if self.ngram is not None and self.cache.ngrams is not None:
+            # The kernel takes a row of a table: here that of the only one, which is made just before.
+            embed, row = ngram_rows(ids, positions, self.cache.ngrams, embed, self.ngram), self.first
         with torch.cuda.device_of(ids):  # type: ignore[no-untyped-call]
             persistent_kernel[(self.programs,)](
-                ids, positions, self.launch, self.table, self.weights, self.vectors, self.embed, self.turns,
+                row, positions, self.launch, self.table, self.weights, self.vectors, embed, self.turns,
                 self.cache.keys[0], self.words, self.logits, len(self.model.routes), self.words.shape[1],
                 self.config.norm_eps, **self.constants, num_warps=self.num_warps,
                 launch_cooperative_grid=True,

@@ -102,7 +102,10 @@ class Slots(Separate):
             [keys[row : row + 1] for keys in rings.keys],
             [values[row : row + 1] for values in rings.values],
             [None if carry is None else carry[row : row + 1].zero_() for carry in rings.carries],
+            None if rings.ngrams is None else rings.ngrams.rows(slice(row, row + 1)),
         )
+        if cache.ngrams is not None:
+            cache.ngrams.entries.zero_()
         if base is not None:
             cache.position = base.position
             for (_, own), (_, other) in zip(cache.filled(), base.filled(), strict=False):  # logits come last

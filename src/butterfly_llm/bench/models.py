@@ -24,6 +24,9 @@ def add_preset_options(parser: argparse.ArgumentParser, preset: str | None) -> N
     parser.add_argument(
         "--local-chunks", type=int, help="of the preset: chunks before its own that every chunk reads too"
     )
+    parser.add_argument(
+        "--ngram-orders", type=int, nargs="*", help="of the preset: numbers n whose n-grams it is told of"
+    )
 
 
 def config_of(options: argparse.Namespace) -> ButterflyConfig:
@@ -32,6 +35,7 @@ def config_of(options: argparse.Namespace) -> ButterflyConfig:
         "num_kv_heads": options.kv_heads,
         "carry_heads": options.carry_heads,
         "local_chunks": options.local_chunks,
+        "ngram_orders": options.ngram_orders,
     }  # fmt: skip
     changes = {name: value for name, value in wanted.items() if value is not None}
     config = ButterflyConfig.preset(options.preset, **changes)
@@ -51,7 +55,7 @@ def model_of(options: argparse.Namespace) -> Butterfly:
     """The model that `add_model_options` means, on its device, in bfloat16 on a GPU."""
     device = pick_device(options.device)
     if options.preset is None:
-        for name in ("levels", "kv_heads", "carry_heads"):
+        for name in ("levels", "kv_heads", "carry_heads", "local_chunks", "ngram_orders"):
             if getattr(options, name) is not None:
                 raise ValueError(f"bench {options.bench}: --{name.replace('_', '-')} goes with --preset")
         model = load_pretrained(options.model, device=device)
@@ -82,5 +86,6 @@ def facts(model: Butterfly) -> dict[str, Any]:
         "num_kv_heads": model.config.num_kv_heads,
         "carry_heads": model.config.carry_heads,
         "local_chunks": model.config.local_chunks,
+        "ngram_orders": list(model.config.ngram_orders),
         "dtype": str(model.compute_dtype).removeprefix("torch."),
     }

@@ -66,7 +66,7 @@ def prefill_operations(model: Butterfly, num_chars: int) -> float:
 
 def step_bytes(model: Butterfly, cache: Cache) -> int:
     """What a step must read: every matrix in the compute dtype, keys and values of a layer's chunks."""
-    values = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.embed.weight.numel()
+    values = sum(p.numel() for p in model.parameters() if p.ndim == 2) - model.num_lookup_parameters()
     weights = values * model.compute_dtype.itemsize
     chunk = cache.keys[0][:, :, :1].nbytes + cache.values[0][:, :, :1].nbytes
     return int(weights + chunks_read(model) * chunk)

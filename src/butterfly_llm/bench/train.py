@@ -37,7 +37,7 @@ def step_operations(model: Butterfly) -> float:
     """Of one training step, for each character: forward once and backward twice as much."""
     config = model.config
     keys = chunks_read(model) * config.chunk_size
-    weights = model.num_parameters() - model.embed.weight.numel()
+    weights = model.num_parameters() - model.num_lookup_parameters()
     return 6 * weights + 12 * keys * config.num_heads * config.head_dim
 
 

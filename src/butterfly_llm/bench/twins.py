@@ -26,9 +26,10 @@ from torch import Tensor
 
 from butterfly_llm.bench import peers, run
 from butterfly_llm.bench.isolate import Worker
+from butterfly_llm.bench.models import add_preset_options, config_of
 from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.checkpoint import save_model
-from butterfly_llm.config import ButterflyConfig, TrainConfig
+from butterfly_llm.config import TrainConfig
 from butterfly_llm.corpus import Corpus, check_length, sample_windows, val_windows
 from butterfly_llm.evaluate import BUCKETS
 from butterfly_llm.memory import pick_device
@@ -166,9 +167,7 @@ def _on(device: str, text: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", help="folder made by butterfly prepare")
-    parser.add_argument(
-        "--preset", default="small", help="whose parameters all have: full, small, tiny, micro"
-    )
+    add_preset_options(parser, "small")  # whose parameters all have
     parser.add_argument("--twins", nargs="+", choices=TWINS, default=TWINS, help="architectures")
     parser.add_argument("--seconds", type=float, help="training time of each")
     parser.add_argument("--chars", type=int, help="characters that each is trained on")
@@ -221,7 +220,7 @@ def settings_of(options: argparse.Namespace) -> TrainConfig:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings = settings_of(options)
     device = str(pick_device(options.device))
-    config = ButterflyConfig.preset(options.preset)
+    config = config_of(options)
     for split in ("train", "val"):
         check_length(Corpus(options.corpus, split), options.length)
     deadline: float = time.monotonic() + options.within
@@ -233,6 +232,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "torch": torch.__version__,
         "preset": options.preset,
+        "ngram_orders": list(config.ngram_orders),
+        "local_chunks": config.local_chunks,
         "length": options.length,
         "train": settings.to_dict(),
         "rows": [],

@@ -1,4 +1,4 @@
-"""`butterfly export`: a model in fewer bits, or with more levels."""
+"""`butterfly export`: a model in fewer bits, with more levels, or told of n-grams."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model in fewer bits or with more levels: of a run, the finished or the newest one."""
+    """Write a model in fewer bits, with more levels or with n-grams: of a run, the finished or newest one."""
 
     model: tyro.conf.Positional[Path]
     """Folder of a run, a checkpoint or a model."""
@@ -24,6 +24,9 @@ class Export:
     passes: int | None = None
     """How many passes get them; one is enough to reach everything and keeps least in memory. None: all."""
 
+    ngram_orders: tuple[int, ...] = ()
+    """Numbers n: what followed the last n characters becomes an input, of no effect until it is trained."""
+
     def run(self) -> None:
         from butterfly_llm import load_pretrained
         from butterfly_llm.checkpoint import save_model
@@ -35,5 +38,9 @@ class Export:
             model = extend_levels(model, self.levels, self.passes)
         elif self.passes is not None:
             raise ValueError("export: --passes says which of them get more levels: give --levels too")
+        if self.ngram_orders:
+            from butterfly_llm.extend import extend_ngrams
+
+            model = extend_ngrams(model, self.ngram_orders)
         save_model(model, self.out, dtype=self.dtype)
         print(self.out)

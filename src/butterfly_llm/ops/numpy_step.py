@@ -49,6 +49,7 @@ class Weights:
     routes: tuple[LayerRoute, ...]
     layers: list[LayerWeights]
     embed: Array  # (256, d)
+    ngram: Array | None  # (O * 257, d)
     embed_norm: Array
     norm: Array
     head: Array  # (d, 256)
@@ -197,8 +198,11 @@ def step(
     weights: Weights,
     rings: Sequence[list[Rings]],
     shares: Sequence[list[float]] | None = None,
+    followers: Sequence[Array] = (),
 ) -> Array:
     """Append a character to each of B streams -> logits (B, 256). The rings are updated in place.
+
+    followers: of each stream (O,), as `ngrams.step_numpy`, for a model with n-grams.
 
     shares: a list for each stream, which gets for each layer the part of the attention, mean of the heads,
     that goes to the own chunk; the rest goes to the partner and local chunks.
@@ -213,7 +217,13 @@ def step(
     def joined(results: list[Array]) -> Array:
         return results[0] if alone else np.stack(results)
 
-    x = _norm(joined([weights.embed[character] for character in characters]), weights.embed_norm, eps)
+    embedded = [weights.embed[character] for character in characters]
+    if weights.ngram is not None:
+        first = np.arange(0, len(weights.ngram), len(weights.ngram) // len(followers[0]))
+        embedded = [
+            row + weights.ngram[first + found].sum(0) for row, found in zip(embedded, followers, strict=True)
+        ]
+    x = _norm(joined(embedded), weights.embed_norm, eps)
     scan: Any = None
     finished: Any = None
     for i, (route, layer) in enumerate(zip(weights.routes, weights.layers, strict=True)):
