@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from butterfly_llm import twins
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
-from butterfly_llm.model import Butterfly, Layer
+from butterfly_llm.layers import Layer
+from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import Backend
 from butterfly_llm.ops.rope import Angles, position_table, rotate
 from butterfly_llm.recall import Needles, evaluate_recall
@@ -220,7 +221,7 @@ def compare(options: argparse.Namespace) -> None:
             "small", hidden_size=options.width, num_heads=options.width // 64,
             num_kv_heads=options.width // 64, intermediate_size=4 * options.width,
             carry_size=options.width // 4,
-            num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2,
+            num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2, ngram_orders=(),
         )  # fmt: skip
         special = ("twin", "strides", "attends", "taps")
         own = {key: model_changes[key] for key in model_changes if key not in special}

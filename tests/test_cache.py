@@ -200,8 +200,9 @@ def test_scores_of_the_carry_do_not_drown_its_values_in_8_bits() -> None:
 
 
 def test_grouped_heads_and_fewer_bits_shrink_the_state() -> None:
-    full = ButterflyConfig.preset("full", num_passes=3, num_levels=13, num_extra_levels=6)
-    grouped = ButterflyConfig.preset("full", num_passes=3, num_levels=13, num_extra_levels=6, num_kv_heads=3)
+    shape = {"num_passes": 3, "num_levels": 13, "num_extra_levels": 6, "ngram_orders": ()}
+    full = ButterflyConfig.preset("full", **shape)
+    grouped = ButterflyConfig.preset("full", **shape, num_kv_heads=3)
     row = 2 * 12 * 64 + 192 + 4  # 192 values and 4 scores of the carry
     sizes = {config.num_kv_heads: cache_nbytes(config, 1, torch.bfloat16) for config in (full, grouped)}
     assert 0.29 < sizes[3] / sizes[12] < 0.34  # a quarter of keys and values, all of the carry

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.model import Layer
+from butterfly_llm.layers import Layer
 from butterfly_llm.ops import feed_forward
 from butterfly_llm.ops.feed_forward import Pass, Tiles, relu2_feed_forward, tiles
 from conftest import CUDA, DEVICE, INTERPRETED, chunk_error, kernels, random_model

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.model import Layer
+from butterfly_llm.layers import Layer
 from butterfly_llm.twins import FullAttention
 from conftest import benchmark
 

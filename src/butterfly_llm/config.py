@@ -221,17 +221,20 @@ _MAY_BE_ZERO = frozenset({
     "num_refine_layers", "local_chunks", "carry_size", "carry_heads",
 })  # fmt: skip
 
+_NGRAMS = (3, 4, 6, 8, 12, 16, 24)
 PRESETS: dict[str, ButterflyConfig] = {
     # 53 layers, about 375M parameters and the carry
     "full": ButterflyConfig(
-        hidden_size=768, num_heads=12, num_kv_heads=12, intermediate_size=3072, carry_size=192, carry_heads=4
+        hidden_size=768, num_heads=12, num_kv_heads=12, intermediate_size=3072, carry_size=192, carry_heads=4,
+        ngram_orders=_NGRAMS,
     ),
     # 53 layers, the one that ships trained
-    "small": ButterflyConfig(carry_heads=4),
+    "small": ButterflyConfig(carry_heads=4, ngram_orders=_NGRAMS),
     # 11 layers, reaches 16k characters: minutes of training on a laptop
     "tiny": ButterflyConfig(
         hidden_size=128, num_heads=4, num_kv_heads=4, head_dim=32, intermediate_size=512, carry_size=32,
         carry_heads=4, num_local_layers=2, num_passes=1, num_levels=7, num_refine_layers=2,
+        ngram_orders=_NGRAMS,
     ),
     # 8 layers on chunks of 16, for tests
     "micro": ButterflyConfig(

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from butterfly_llm.cache import Cache, prefill_slice, routes_of
 from butterfly_llm import ngrams
-from butterfly_llm.carry import CarryMerge, CarryWrite, lanes_of
+from butterfly_llm.cache import Cache, prefill_slice, routes_of
+from butterfly_llm.carry import CarryMerge, CarryWrite
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.modules import FeedForward, Linear, RMSNorm
+from butterfly_llm.layers import Layer
+from butterfly_llm.modules import Linear, RMSNorm
 from butterfly_llm.offload import LayerInput
-from butterfly_llm.ops import Backend, butterfly_attention, default_backend, numpy_step
-from butterfly_llm.ops.feed_forward import relu2_feed_forward, takes
+from butterfly_llm.ops import Backend, default_backend, numpy_step
 from butterfly_llm.ops.loss import linear_cross_entropy
 from butterfly_llm.ops.portable import (
     partner_row_step,
@@ -36,141 +36,14 @@ from butterfly_llm.ops.portable import (
     step_attention_each,
 )
 from butterfly_llm.ops.prefill import prefill_attention_triton
-from butterfly_llm.ops.rope import Angles, offset_angles, rope_table, rotate_rows
+from butterfly_llm.ops.rope import Angles, offset_angles, rope_table
 from butterfly_llm.ops.triton_carry import merge_heads_triton
 from butterfly_llm.ops.triton_step import step_attention_triton
 from butterfly_llm.recompute import Recompute, recomputed_layer
 from butterfly_llm.routing import LayerRoute
 
-QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 # Nothing random is run twice, so its state need not be kept.
 _CHECKPOINT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-
-
-class Attention(nn.Module):
-    """Queries and keys, normalised and rotated by their offset in the chunk, and values.
-
-    `memory`, the normalised carry, adds to keys and values. The rotation costs no pass over memory here, as
-    it shares one with the norms; attention kernels would do it again for every block they read.
-    """
-
-    def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.query_size = config.num_heads * config.head_dim
-        self.kv_size = config.num_kv_heads * config.head_dim
-        self.qkv = Linear(config.hidden_size, self.query_size + 2 * self.kv_size, bias=False)
-        self.out = Linear(self.query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
-        gated = reads_carry and not config.carry_heads
-        self.read_norm = RMSNorm(config.carry_size, config.norm_eps) if gated else None
-        self.read = Linear(config.carry_size, 2 * self.kv_size, bias=False) if reads_carry else None
-        nn.init.zeros_(self.out.weight)
-
-    def project(self, x: Tensor, memory: Tensor | None, angles: Angles | None) -> QueryKeyValue:
-        """x (T, d), memory (T, M) -> q (T, H, D), k and v (T, K, D)."""
-        q, kv = self.qkv(x).split([self.query_size, 2 * self.kv_size], -1)
-        if self.read is not None:
-            assert memory is not None
-            lanes = lanes_of(memory, self.config.carry_heads)
-            kv = kv + self.read(lanes if self.read_norm is None else self.read_norm(lanes))
-        k, v = kv.split(self.kv_size, -1)
-        heads = (-1, self.config.head_dim)
-        return (
-            rotate_rows(self.q_norm(q.unflatten(-1, heads)), angles),
-            rotate_rows(self.k_norm(k.unflatten(-1, heads)), angles),
-            v.unflatten(-1, heads),
-        )
-
-
-class Layer(nn.Module):
-    """Pre-norm attention over the own and the partner chunk, and chunks just before, then feed-forward."""
-
-    def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, reads_carry)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
-        # Both halves around the attention see characters as rows (T, .), whatever B, N and the stride are:
-        # `Butterfly.compile_layers` puts compiled ones here that serve every layer and sequence length.
-        self.project: Callable[..., QueryKeyValue] = Layer._project
-        self.finish: Callable[[Layer, Tensor, Tensor, Backend | None], Tensor] = Layer._finish
-
-    def forward(
-        self, x: Tensor, memory: Tensor | None, angles: Angles | None, stride: int, backend: Backend | None
-    ) -> Tensor:
-        """x (B, N, d), memory (B, N, M) or None, angles of the B * N rows -> (B, N, d)."""
-        shape = x.shape[:2]
-        rows = None if memory is None else memory.flatten(0, 1)
-        q, k, v = (z.view(*shape, *z.shape[1:]) for z in self.project(self, x.flatten(0, 1), rows, angles))
-        y = self.attend(q, k, v, stride, backend)
-        return self.finish(self, x.flatten(0, 1), y.flatten(0, 1), backend).view(x.shape)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, stride: int, backend: Backend | None) -> Tensor:
-        """q (B, N, H, D), k and v (B, N, K, D), as `project` makes them -> (B, N, H, D)."""
-        return butterfly_attention(
-            q,
-            k,
-            v,
-            stride=stride,
-            topology=self.config.routing,
-            chunk_size=self.config.chunk_size,
-            rope_theta=self.config.rope_theta,
-            backend=backend,
-            rotated=True,
-            local=self.config.local_chunks,
-        )
-
-    def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The parameters before and after the attention."""
-        after = (self.attention.out, self.feed_forward_norm, self.feed_forward)
-        finish = [parameter for module in after for parameter in module.parameters()]
-        ids = set(map(id, finish))
-        return [parameter for parameter in self.parameters() if id(parameter) not in ids], finish
-
-    def stream(
-        self,
-        x: Tensor,
-        memory: Tensor | None,
-        stride: int,
-        rings: tuple[Any, Any],
-        position: int | Tensor,
-        angles: Angles | None,
-        attend: Callable[..., Tensor],
-        backend: Backend,
-    ) -> Tensor:
-        """`forward` for the characters `position`.. of a stream: x (B, T, d), or (B, d) for a single one.
-
-        attend: `prefill_attention` with rings; `step_attention` with their windows, or where streams stand
-        apart (position (B,)) `step_attention_each`.
-        """
-        rows, shape = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-        lanes = None if memory is None else memory.reshape(-1, memory.shape[-1])
-        y = attend(
-            *(z.view(*shape, *z.shape[1:]) for z in self.project(self, rows, lanes, angles)),
-            rings,
-            position=position,
-            stride=stride,
-            topology=self.config.routing,
-            rope_theta=self.config.rope_theta,
-            local=self.config.local_chunks,
-        )
-        return self.finish(self, rows, y.reshape(-1, *y.shape[-2:]), backend).view(x.shape)
-
-    def _project(self, x: Tensor, memory: Tensor | None, angles: Angles | None) -> QueryKeyValue:
-        """x (T, d), memory (T, M) -> q (T, H, D), k and v (T, K, D)."""
-        return self.attention.project(self.attention_norm(x), memory, angles)
-
-    def _finish(self, x: Tensor, y: Tensor, backend: Backend | None) -> Tensor:
-        """x (T, d), y (T, H, D) -> (T, d)."""
-        x = x + self.attention.out(y.flatten(-2))
-        norm, inner = self.feed_forward_norm, self.feed_forward
-        if backend == "triton" and takes(x, self.config):
-            return relu2_feed_forward(x, norm.weight, inner.up.weight, inner.down.weight, norm.eps)
-        return cast(Tensor, x + inner(norm(x)))
 
 
 class Butterfly(nn.Module):
@@ -195,9 +68,7 @@ class Butterfly(nn.Module):
         self.ngram = None
         if config.ngram_orders:  # of each n a row a character, and one for nothing
             rows = len(config.ngram_orders) * (ngrams.NOTHING + 1)
-            self.ngram = nn.Embedding(
-                rows, config.hidden_size, _weight=torch.zeros(rows, config.hidden_size)
-            )
+            self.ngram = nn.Embedding(rows, config.hidden_size, _weight=torch.zeros(rows, config.hidden_size))
         self.embed_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(
             Layer(config, reads_carry=has_carry and self._reads_carry(route.stage)) for route in self.routes
@@ -241,7 +112,7 @@ class Butterfly(nn.Module):
         self._merge = torch.compile(CarryMerge.forward, dynamic=False)
 
     def _embed(self, ids: Tensor, followers: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Integer ids (...) -> (..., d). followers: ids -> (..., O), as `ngrams`; None: of whole texts (B, N)."""
+        """Integer ids (...) -> (..., d). followers: ids -> (..., O); None: those in whole texts (B, N)."""
         if ids.numel() == 0:
             raise ValueError("no characters: ids is empty")
         if ids.dtype not in (torch.uint8, torch.int32, torch.int64):
@@ -499,7 +370,7 @@ class Butterfly(nn.Module):
         return cast(Tensor, self.head(self.norm(x)).float())
 
     def _embed_step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """ids and positions (B,) -> (B, d); what followed is looked up and brought up to date in the cache."""
+        """ids and positions (B,) -> (B, d); what followed is looked up in the cache and brought up to date."""
         state = cache.ngrams
         return self._embed(ids, None if state is None else lambda ids: ngrams.step(ids, positions, state))
 
@@ -528,9 +399,7 @@ class Butterfly(nn.Module):
             for character, cache in zip(characters, caches, strict=True)
             if cache.ngrams is not None
         ]
-        logits = torch.from_numpy(
-            numpy_step.step(characters, positions, weights, arrays, shares, followers)
-        )
+        logits = torch.from_numpy(numpy_step.step(characters, positions, weights, arrays, shares, followers))
         for i, cache in enumerate(caches):
             cache.position += 1
             cache.logits = logits[i : i + 1]

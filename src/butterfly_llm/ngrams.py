@@ -207,7 +207,11 @@ _BACK = np.arange(HISTORY - 1)
 
 
 def step_numpy(
-    character: int, position: int, orders: tuple[int, ...], history: npt.NDArray[Any], entries: npt.NDArray[Any]
+    character: int,
+    position: int,
+    orders: tuple[int, ...],
+    history: npt.NDArray[Any],
+    entries: npt.NDArray[Any],
 ) -> npt.NDArray[Any]:
     """`step` of one stream: history (R,), entries (O, S) -> (O,) int64."""
     slots = entries.shape[1]

@@ -20,7 +20,8 @@ from torch import Tensor
 from butterfly_llm.bench import run
 from butterfly_llm.bench.stream import seconds
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.model import Butterfly, Layer
+from butterfly_llm.layers import Layer
+from butterfly_llm.model import Butterfly
 from butterfly_llm.ops import backends, feed_forward
 from butterfly_llm.ops.feed_forward import Pass, Tiles
 

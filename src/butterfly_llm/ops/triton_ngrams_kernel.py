@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The embedding of one character a stream with what followed its n-grams before, launched by `triton_ngrams`."""
+"""One character a stream, embedded with what followed its n-grams, launched by `triton_ngrams`."""
 
 import triton
 import triton.language as tl

@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from butterfly_llm.model import Butterfly, Layer
+from butterfly_llm.layers import Layer
+from butterfly_llm.model import Butterfly
 from butterfly_llm.ops.rope import rope_table, rotate
 from butterfly_llm.plot.canvas import BLUE, GREY, INK, SOFT, new_figure
 from butterfly_llm.routing import partner_of
