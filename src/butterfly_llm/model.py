@@ -370,7 +370,7 @@ class Butterfly(nn.Module):
         return cast(Tensor, self.head(self.norm(x)).float())
 
     def _embed_step(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """ids and positions (B,) -> (B, d); what followed is looked up in the cache and brought up to date."""
+        """ids and positions (B,) -> (B, d); what followed is looked up and updated in the cache."""
         state = cache.ngrams
         return self._embed(ids, None if state is None else lambda ids: ngrams.step(ids, positions, state))
 

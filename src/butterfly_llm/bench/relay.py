@@ -1,13 +1,15 @@
 """Who relays: models of six layers trained from nothing to carry one letter over chunks, on the CPU.
 
-    butterfly bench relay                       # six networks, about seven minutes of one core
+    butterfly bench relay                       # seven networks, about eight minutes of one core
     butterfly bench relay shift "masked xor"
+    butterfly bench relay shift "shift, n-grams" --ask 256 4096 65536 1048576
 
 Random letters with one `#x`; at the end of the window stands `#`, and the answer is x (`tasks.induction`).
 The window is nine chunks of 16, so that the question stands in chunk 8, binary 1000: a masked XOR reaches
 nothing but chunk 0 from there, and six layers that read the chunk before reach six chunks at most. In
 training `#x` stands again at up to eleven more places in the first half, at no or one in the second: near
-questions first, then far ones. Accuracy is on fresh windows with one question.
+questions first, then far ones. Accuracy is on fresh windows with one question, with --ask also on longer ones
+than any network was trained on.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "shift": {},
     "shift, gated carry": {"carry_heads": 0},
     "shift, no carry": {"carry_size": 0},
+    "shift, n-grams": {"ngram_orders": (1, 2, 3)},
     "masked xor": {"routing": "xor_causal"},
     "masked xor, no carry": {"routing": "xor_causal", "carry_size": 0},
     "previous chunk only": {"num_local_layers": 6, "num_passes": 0, "num_refine_layers": 0, "carry_size": 0},
@@ -50,11 +53,11 @@ def network(name: str, seed: int = 0) -> Butterfly:
     return Butterfly(ButterflyConfig.from_dict({**config.to_dict(), **NETWORKS[name]}))
 
 
-def draw(generator: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-    """Windows (count, LENGTH + 1), and by how many chunks each question stands behind its fact (count,)."""
+def draw(generator: np.random.Generator, count: int, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    """Windows (count, length + 1), and by how many chunks each question stands behind its fact (count,)."""
     windows, distances = [], []
     for _ in range(count):
-        window, (answer,) = induction(generator, np.zeros(LENGTH + 1, dtype=np.uint8))
+        window, (answer,) = induction(generator, np.zeros(length + 1, dtype=np.uint8))
         windows.append(window)
         distances.append(answer.chunk_distance(CHUNK))
     return torch.from_numpy(np.stack(windows)).long(), torch.tensor(distances)
@@ -97,15 +100,30 @@ def accuracy(model: Butterfly, windows: int = 600, seed: int = 1) -> list[float]
     return [float(right[distances == distance].float().mean()) for distance in range(CHUNKS)]
 
 
+def at_length(model: Butterfly, length: int, windows: int, seed: int = 1) -> float:
+    """Share of right answers in fresh windows of any length, read one by one."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, length]))
+    right = 0
+    with torch.no_grad():
+        for _ in range(windows):
+            text, _ = draw(generator, 1, length)
+            right += int(model.head(model.hidden(text[:, :-1])[:, -1]).argmax(-1) == text[:, -1])
+    return right / windows
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of: {'; '.join(NETWORKS)}")
     parser.add_argument("--steps", type=int, default=500, help="training batches of 32 windows")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ask", type=int, nargs="*", default=(), help="longer windows: their characters")
+    parser.add_argument("--windows", type=int, default=32, help="windows of each length in --ask")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    if options.steps < 1 or options.seed < 0:
-        raise ValueError("bench relay: --steps must be at least 1 and --seed at least 0")
+    if options.steps < 1 or options.windows < 1 or options.seed < 0:
+        raise ValueError("bench relay: --steps and --windows must be at least 1 and --seed at least 0")
+    if min(options.ask, default=8) < 8:
+        raise ValueError(f"bench relay: --ask must be at least 8 characters, not {min(options.ask)}")
     for name in options.networks:
         if name not in NETWORKS:
             raise ValueError(f"bench relay: unknown network {name!r}: there are {'; '.join(NETWORKS)}")
@@ -115,11 +133,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         begun = time.process_time()
         model = train(network(name, options.seed), options.steps, options.seed)
         shares = accuracy(model)
+        print(f"{name:<30}" + "".join(f"{share:>6.2f}" for share in shares), flush=True)
+        longer = {}
+        for length in options.ask:
+            longer[str(length)] = at_length(model, length, options.windows)
+            print(f"  {length:,} characters: {longer[str(length)]:.2f} of {options.windows}", flush=True)
         rows.append({
             "network": name, "parameters": model.num_parameters(), "right": [round(s, 3) for s in shares],
             "cpu_seconds": round(time.process_time() - begun, 1),
+            **({"asked": longer, "windows": options.windows} if longer else {}),
         })  # fmt: skip
-        print(f"{name:<30}" + "".join(f"{share:>6.2f}" for share in shares), flush=True)
     return {
         "torch": torch.__version__,
         "steps": options.steps,
