@@ -67,6 +67,16 @@ def random_model(config: ButterflyConfig, seed: int = 0) -> Butterfly:
     return model
 
 
+def phrases(length: int, batch: int = 1, seed: int = 0) -> Tensor:
+    """Texts (batch, length) of six words, the same for every seed: what an n-gram was followed by is found.
+
+    No separator, which would end a text.
+    """
+    words = [torch.randint(1, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in range(3, 9)]
+    drawn = torch.randint(len(words), (batch, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.stack([torch.cat([words[word] for word in row])[:length] for row in drawn])
+
+
 def within(max_slots: int) -> Place:
     """Anywhere in the window, at most `max_slots` apart."""
 

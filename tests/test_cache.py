@@ -19,13 +19,15 @@ VARIANTS = {
     "grouped, no carry": {"num_kv_heads": 1, "carry_size": 0},
     "xor_causal, extra levels": {"routing": "xor_causal", "num_extra_levels": 2},
     "local chunks": {"local_chunks": 3, "num_kv_heads": 1},
+    "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
 }
 L = 16
 PAST = [1, L - 1, L, 5 * L, 9 * L + 3, 25 * L]
 
 
 def text(length: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
-    return torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(seed))
+    """Of seven letters, so that n-grams come back."""
+    return torch.randint(7, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def go_on(model: Butterfly, cache: Cache, seed: int) -> list[torch.Tensor]:

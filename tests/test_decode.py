@@ -17,12 +17,14 @@ VARIANTS = {
     "xor_causal, extra levels": {"routing": "xor_causal", "num_extra_levels": 2},
     "long pass": {"num_long_passes": 1, "num_long_levels": 5},
     "local chunks": {"local_chunks": 2},
+    "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
 }
 gpu = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def text(length: int, batch: int, device: str, seed: int = 0) -> torch.Tensor:
-    ids = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(seed))
+    """Of seven letters, so that n-grams come back."""
+    ids = torch.randint(7, (batch, length), generator=torch.Generator().manual_seed(seed))
     return ids.to(device)
 
 

@@ -12,7 +12,7 @@ from butterfly_llm.cache import cache_nbytes
 from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.cli import main
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.extend import extend_levels
+from butterfly_llm.extend import extend_levels, extend_ngrams
 from conftest import random_model
 
 SHAPES = {
@@ -161,3 +161,26 @@ def test_levels_for_a_new_training_keep_the_layers() -> None:
     config = ButterflyConfig.preset("full").with_levels(13)
     assert (config.num_passes, config.num_extra_levels, config.num_layers) == (3, 6, 53)
     assert config.reach_chars == 1_048_576
+
+
+def test_a_model_told_of_ngrams_writes_the_same_at_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    told = extend_ngrams(model, (1, 2, 3))
+    assert told.config == dataclasses.replace(model.config, ngram_orders=(1, 2, 3))
+    ids = torch.randint(7, (2, 100), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(told(ids), model(ids))
+    with torch.no_grad():
+        told.ngram.weight.normal_()
+    assert not torch.allclose(told(ids), model(ids), atol=1e-3)
+    save_model(model, tmp_path / "plain", dtype="float32")
+    options = ["--ngram-orders", "1", "2", "3", "--dtype", "float32", "--out"]
+    main(["export", str(tmp_path / "plain"), *options, str(tmp_path / "told")])
+    assert torch.equal(load_pretrained(tmp_path / "told")(ids), model(ids))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(tmp_path / "told"), *options, str(tmp_path / "twice")])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "twice").exists()

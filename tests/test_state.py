@@ -42,10 +42,10 @@ def folder(model: Butterfly, tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-@pytest.mark.parametrize("local", [0, 2])
+@pytest.mark.parametrize("changes", [{}, {"local_chunks": 2}, {"ngram_orders": (1, 2), "ngram_slots": 256}])
 @pytest.mark.parametrize("length", [1, 15, 16, 100, 3 * REACH + 5])
-def test_a_resumed_stream_goes_on_bit_by_bit(tmp_path: Path, length: int, local: int) -> None:
-    model = random_model(dataclasses.replace(CONFIG, local_chunks=local))
+def test_a_resumed_stream_goes_on_bit_by_bit(tmp_path: Path, length: int, changes: dict[str, Any]) -> None:
+    model = random_model(dataclasses.replace(CONFIG, **changes))
     # Rules that look back make the text depend on what was read before the state was saved, too.
     sampling = SamplingConfig(seed=3, repetition_penalty=1.2, no_repeat_ngram=2)
     cache = model.new_cache()

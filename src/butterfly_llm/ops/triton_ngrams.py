@@ -27,7 +27,8 @@ def ngram_rows(ids: Tensor, positions: Tensor, state: NgramState, embed: Tensor,
     out = embed.new_empty(batch, width)
     with torch.cuda.device_of(ids):  # type: ignore[no-untyped-call]
         ngram_kernel[(batch,)](
-            ids, positions, state.history, state.entries, factors, orders, embed, ngram, out,
+            ids.contiguous(), positions.contiguous(), state.history, state.entries, factors, orders, embed,
+            ngram, out,
             WIDTH=width, ORDERS=count, SLOTS=slots, R=ngrams.HISTORY, MIX=ngrams.MIX,
             BLOCK=1 << (width - 1).bit_length(), num_warps=4,
         )  # fmt: skip
