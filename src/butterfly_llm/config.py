@@ -234,7 +234,7 @@ PRESETS: dict[str, ButterflyConfig] = {
     "tiny": ButterflyConfig(
         hidden_size=128, num_heads=4, num_kv_heads=4, head_dim=32, intermediate_size=512, carry_size=32,
         carry_heads=4, num_local_layers=2, num_passes=1, num_levels=7, num_refine_layers=2,
-        ngram_orders=_NGRAMS,
+        ngram_orders=_NGRAMS, ngram_slots=2**18,
     ),
     # 8 layers on chunks of 16, for tests
     "micro": ButterflyConfig(
