@@ -173,6 +173,8 @@ def test_ops_without_a_gpu_is_one_line(run):
         ("prefill --lengths 0", "--lengths, --slice and --repeats must be at least 1"),
         ("prefill --levels 13", "bench prefill: --levels goes with --preset"),
         ("decode --carry-heads 4", "bench decode: --carry-heads goes with --preset"),
+        ("prefill --ngram-orders 3", "bench prefill: --ngram-orders goes with --preset"),
+        ("decode --preset micro --ngram-orders 3 2", "ngram_orders must be rising whole numbers"),
         ("train --carry-heads 5", "config: carry_heads 5 must divide carry_size 64"),
         ("prefill --limit-gb 24", "--limit-gb needs --device cuda"),
         ("decode --contexts 0", "--contexts, --streams and --steps must be at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from butterfly_llm.rings import QuantisedRing
 from butterfly_llm.state import load_state, save_state
 from conftest import chunk_error, random_model
 
+NGRAMS = {"ngram_orders": (1, 2, 3), "ngram_slots": 4096}
 VARIANTS = {
     "micro": {},
     "grouped, no carry": {"num_kv_heads": 1, "carry_size": 0},
     "xor_causal, extra levels": {"routing": "xor_causal", "num_extra_levels": 2},
     "local chunks": {"local_chunks": 3, "num_kv_heads": 1},
-    "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
+    "n-grams": NGRAMS,
 }
 L = 16
 PAST = [1, L - 1, L, 5 * L, 9 * L + 3, 25 * L]
@@ -60,18 +62,19 @@ def test_forks_go_on_bit_by_bit_each_for_itself(variant: str, past: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("dtype", "pause", "local"),
+    ("dtype", "pause", "changes"),
     [
-        (torch.float32, 2 * L, 0),
-        (torch.bfloat16, 7, 0),
-        (torch.int8, 7, 0),
-        (torch.int8, 2 * L, 0),
-        (torch.float32, 2 * L - 2, 3),  # the second fork stands at the end of a chunk
-        (torch.int8, 2 * L, 2),
+        (torch.float32, 2 * L, {}),
+        (torch.bfloat16, 7, {}),
+        (torch.int8, 7, NGRAMS),
+        (torch.int8, 2 * L, {}),
+        (torch.float32, 2 * L - 2, {"local_chunks": 3}),  # the second fork stands at the end of a chunk
+        (torch.int8, 2 * L, {"local_chunks": 2}),
+        (torch.float32, 3, NGRAMS),
     ],
 )
-def test_forks_of_forks_copies_and_batches(dtype: torch.dtype, pause: int, local: int) -> None:
-    model = random_model(ButterflyConfig.preset("micro", local_chunks=local))
+def test_forks_of_forks_copies_and_batches(dtype: torch.dtype, pause: int, changes: dict[str, Any]) -> None:
+    model = random_model(ButterflyConfig.preset("micro", **changes))
     cache = model.new_cache(2, dtype=dtype)
     model.prefill(text(130, batch=2), cache)
     first, _ = cache.fork(2)
@@ -81,19 +84,23 @@ def test_forks_of_forks_copies_and_batches(dtype: torch.dtype, pause: int, local
             model.step(text(pause, 5, 2)[:, i], stream)
     second, third = first.fork(2)
     copy = third.clone()
-    whole = third.gathered()
+    wholes = third.gathered(), twin.gathered()
     expected = go_on(model, twin, 9)
     assert all(torch.equal(a, b) for a, b in zip(expected, go_on(model, second, 9), strict=True))
     go_on(model, third, 10)
     assert all(torch.equal(a, b) for a, b in zip(expected, go_on(model, copy, 9), strict=True))
     if dtype == torch.float32:  # a product over a strided ring rounds otherwise than one over a window
-        for a, b in zip(expected, go_on(model, whole, 9), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+        for whole in wholes:
+            for a, b in zip(expected, go_on(model, whole, 9), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
-def test_a_fork_holds_only_what_it_adds() -> None:
-    model = random_model(ButterflyConfig.preset("micro"))
+@pytest.mark.parametrize("changes", [{}, NGRAMS])
+def test_a_fork_holds_only_what_it_adds(changes: dict[str, Any]) -> None:
+    model = random_model(ButterflyConfig.preset("micro", **changes))
     cache = model.new_cache()
+    assert cache.nbytes == cache_nbytes(model.config)
+    told = 0 if cache.ngrams is None else cache.ngrams.nbytes
     model.prefill(text(300), cache)
     forks = cache.fork(8)
     assert [fork.held_nbytes for fork in forks] == [0] * 8
@@ -104,7 +111,7 @@ def test_a_fork_holds_only_what_it_adds() -> None:
         for i in range(L):
             model.step(text(L, 3)[:, i], fork)
         held.append(fork.held_nbytes)
-    assert held == [3 * slot] * 8  # the chunk in progress and its partner, and the one finished
+    assert held == [3 * slot + told] * 8  # the chunk in progress and its partner, and the one finished
     model.prefill(text(2000, 4), forks[0])
     assert forks[0].held_nbytes == forks[0].nbytes <= cache.nbytes + slot
     with pytest.raises(ValueError, match="count must be at least 1"):
@@ -129,10 +136,12 @@ def test_local_chunks_cost_slots_for_keys_and_values_alone() -> None:
             assert carry is None or carry.shape[-3] == count
 
 
-@pytest.mark.parametrize("local", [0, 2])
+@pytest.mark.parametrize("changes", [{}, {"local_chunks": 2}, NGRAMS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_a_saved_fork_is_a_state_of_its_own(tmp_path: Path, dtype: torch.dtype, local: int) -> None:
-    model = random_model(ButterflyConfig.preset("micro", local_chunks=local))
+def test_a_saved_fork_is_a_state_of_its_own(
+    tmp_path: Path, dtype: torch.dtype, changes: dict[str, Any]
+) -> None:
+    model = random_model(ButterflyConfig.preset("micro", **changes))
     cache = model.new_cache(dtype=dtype)
     model.prefill(text(300), cache)
     fork, other = cache.fork(2)
@@ -162,9 +171,9 @@ def test_rings_in_fewer_bits_move_the_logits_little(
     assert 1e-4 < error < bound
 
 
-@pytest.mark.parametrize(("heads", "local"), [(0, 0), (4, 0), (4, 2)])
-def test_8_bit_rings_are_saved_and_resumed_bit_by_bit(tmp_path: Path, heads: int, local: int) -> None:
-    model = random_model(ButterflyConfig.preset("micro", carry_heads=heads, local_chunks=local))
+@pytest.mark.parametrize("changes", [{"carry_heads": 0}, {}, {"local_chunks": 2, **NGRAMS}])
+def test_8_bit_rings_are_saved_and_resumed_bit_by_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = random_model(ButterflyConfig.preset("micro", **changes))
     for past in (L, 4 * L + 5, 500):
         cache = model.new_cache(2, dtype=torch.int8)
         model.prefill(text(past, batch=2), cache)

@@ -61,12 +61,14 @@ def edit_json(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) 
     rewrite(folder, name, json.dumps(values).encode())
 
 
+@pytest.mark.parametrize("orders", [(), (2, 5)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_what_is_saved_is_loaded(tmp_path: Path, dtype: Any) -> None:
-    model = random_model(CONFIG)
+def test_what_is_saved_is_loaded(tmp_path: Path, dtype: Any, orders: tuple[int, ...]) -> None:
+    config = dataclasses.replace(CONFIG, ngram_orders=orders, ngram_slots=64)
+    model = random_model(config)
     save_model(model, tmp_path / "model", dtype=dtype, extra={"note": "é"})
     loaded = load_pretrained(tmp_path / "model")
-    assert loaded.config == CONFIG
+    assert loaded.config == config
     for (name, before), after in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert after.dtype == torch.float32
         expected = before.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from butterfly_llm.cache import Cache
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.decode import Decoder
 from butterfly_llm.generate import generate
@@ -26,6 +27,11 @@ def text(length: int, batch: int, device: str, seed: int = 0) -> torch.Tensor:
     """Of seven letters, so that n-grams come back."""
     ids = torch.randint(7, (batch, length), generator=torch.Generator().manual_seed(seed))
     return ids.to(device)
+
+
+def tensors(cache: Cache) -> list[torch.Tensor]:
+    told = {} if cache.ngrams is None else cache.ngrams.tensors()
+    return [*cache.tensors(), *told.values()]
 
 
 @pytest.mark.parametrize("device", ["cpu", gpu])
@@ -53,15 +59,16 @@ def test_a_decoder_steps_as_the_model_does(variant: str, past: int, batch: int, 
 
 
 @pytest.mark.parametrize("device", ["cpu", gpu])
-def test_streams_may_stand_apart(device: str) -> None:
-    model = random_model(ButterflyConfig.preset("micro")).to(device)
+@pytest.mark.parametrize("variant", ["micro", "n-grams"])
+def test_streams_may_stand_apart(variant: str, device: str) -> None:
+    model = random_model(ButterflyConfig.preset("micro", **VARIANTS[variant])).to(device)
     lengths = [5, 64, 203]
     alone = [model.new_cache() for _ in lengths]
     rings = model.new_cache(len(lengths))
     decoder = Decoder(model, rings)
     for row, (length, cache) in enumerate(zip(lengths, alone, strict=True)):
         model.prefill(text(length, 1, device, row), cache)
-        for whole, own in zip(rings.tensors(), cache.tensors(), strict=True):
+        for whole, own in zip(tensors(rings), tensors(cache), strict=True):
             whole[row] = own[0]
     ids = text(40, len(lengths), device, 9)
     positions = torch.tensor(lengths, device=device)

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 FILES = (
     ("test_triton_attention", "test_triton_step", "test_prefill", "test_feed_forward"),
-    ("test_triton_carry",),
+    ("test_triton_carry", "test_ngrams"),
     ("test_fused_step",),
     ("test_persistent_step",),
 )

@@ -13,7 +13,7 @@ from butterfly_llm.cache import Cache, cache_nbytes, prefill_slice, routes_of
 from butterfly_llm.config import PRESETS, ButterflyConfig
 from butterfly_llm.model import Butterfly
 from butterfly_llm.routing import partner_of, reach
-from conftest import random_model
+from conftest import phrases, random_model
 
 MICRO = ButterflyConfig.preset("micro")
 CHUNK = MICRO.chunk_size
@@ -25,6 +25,7 @@ VARIANTS = {
     "gated carry": dataclasses.replace(MICRO, carry_heads=0),
     "extra levels": dataclasses.replace(MICRO, num_extra_levels=2),
     "local chunks": dataclasses.replace(MICRO, local_chunks=2, num_kv_heads=1),
+    "n-grams": dataclasses.replace(MICRO, ngram_orders=(1, 2, 5), ngram_slots=4096),
 }
 
 
@@ -39,7 +40,7 @@ def test_every_preset_builds(name: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_changing_a_character_leaves_earlier_logits_bit_identical(variant: str) -> None:
     model = random_model(VARIANTS[variant])
-    ids = torch.randint(0, 256, (1, 300))
+    ids = phrases(300)
     with torch.no_grad():
         before = model(ids)
         for t in (0, 1, 15, 16, 17, 100, 255, 299):
@@ -105,7 +106,7 @@ def test_no_gradient_flows_backwards_in_time() -> None:
 def test_forward_prefill_and_step_agree(variant: str, num_chars: int) -> None:
     """256 characters are 16 chunks: the longest ring (stride 4, 5 slots) has gone round three times."""
     model = random_model(VARIANTS[variant])
-    ids = torch.randint(0, 256, (2, num_chars), dtype=torch.uint8)
+    ids = phrases(num_chars, 2).to(torch.uint8)
     with torch.no_grad():
         expected = model(ids)
     cache = model.new_cache(2)
@@ -320,7 +321,7 @@ def test_slices_through_one_call_of_the_attention_agree(variant: str, slice_char
     """What fused kernels do, here with the reference: partners from the rings are set before the slice."""
     model = random_model(VARIANTS[variant])
     model.prefill_slice = slice_chars
-    ids = torch.randint(256, (2, 411), generator=torch.Generator().manual_seed(2))
+    ids = phrases(411, 2, seed=2)
     logits, rings = [], []
     for backend in ("torch", "reference"):
         model.backend = backend

@@ -130,6 +130,13 @@ def test_taps_mix_in_the_characters_just_before(ablation: ModuleType, twin: str,
     assert gradient.nonzero()[0].item() == first and gradient[33:].sum() == 0
 
 
+def test_a_variant_is_a_table_of_settings(ablation: ModuleType) -> None:
+    assert ablation.settings("plain") == ("plain", {}, {})
+    assert ablation.settings("told:ngram_orders=[2, 3],twin='full',train.seed=3,train.steps=1") == (
+        "told", {"ngram_orders": [2, 3], "twin": "full"}, {"seed": 3, "steps": 1}
+    )  # fmt: skip
+
+
 def test_variants_are_trained_and_asked(
     ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +172,8 @@ def test_variants_are_trained_and_asked(
         ("x:strides='random',twin='full'", "a butterfly has one of powers, "),
         ("x:taps=true,twin='mamba2'", "no taps for mamba2"),
         ("x:attends='all'", "a butterfly has one of partner, heads, partner and before"),
+        ("x:ngram_orders=[3, 2]", "ngram_orders must be rising whole numbers from 1 to 63, not [3, 2]"),
+        ("x:ngram_orders=[3", "Unclosed array"),
         ("x:twin='mamba2'", "pip install 'butterfly-llm[peers]'"),
     ],
 )

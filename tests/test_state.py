@@ -185,6 +185,23 @@ def test_a_damaged_state_is_refused_in_one_line(model: Butterfly, folder: Path, 
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 
+def test_ngrams_that_are_missing_or_of_another_size_are_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, ngram_orders=(1, 2), ngram_slots=256)
+    model, path = random_model(config), tmp_path / "state"
+    model.prefill(text(100), cache := model.new_cache())
+    save_state(cache, path, model=model)
+    with pytest.raises(ValueError, match=r"model with ngram_slots = 256, this one has 512; read the text"):
+        load_state(path, random_model(dataclasses.replace(config, ngram_slots=512)))
+    with pytest.raises(ValueError, match=r"model with ngram_orders = \[1, 2\], this one has \[1, 3\]; read"):
+        load_state(path, random_model(dataclasses.replace(config, ngram_orders=(1, 3))))
+    edit_tensor(path, "ngrams.entries", lambda x: x.float())
+    with pytest.raises(ValueError, match=r"ngrams.entries is torch.float32 \(1, 2, 256\), not torch.int32"):
+        load_state(path, model)
+    drop_tensor(path, "ngrams.entries")
+    with pytest.raises(ValueError, match=r"tensor ngrams.entries is missing"):
+        load_state(path, model)
+
+
 def test_models_and_states_do_not_replace_each_other(model: Butterfly, folder: Path, tmp_path: Path) -> None:
     save_model(model, tmp_path / "model")
     with pytest.raises(ValueError, match="holds something else than a saved state"):

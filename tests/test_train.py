@@ -23,10 +23,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from butterfly_llm.checkpoint import checkpoints, load_pretrained, load_training
+from butterfly_llm.checkpoint import checkpoints, load_pretrained, load_training, save_model
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
 from butterfly_llm.data import prepare
+from butterfly_llm.extend import extend_ngrams
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import Muon, Optimizers, learning_rate, length_at, progress_at
 from butterfly_llm.recompute import Load
@@ -371,6 +372,32 @@ def test_a_run_may_start_from_the_weights_of_another(settings: TrainConfig, tmp_
     wider = dataclasses.replace(NANO, intermediate_size=NANO.intermediate_size * 2)
     with pytest.raises(ValueError, match=r"the model in init .* has intermediate_size = "):
         train(change(still, out=str(tmp_path / "other")), wider)
+
+
+def test_rows_of_ngrams_learn_from_the_weights_of_a_run_without_them(
+    settings: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By AdamW, as the embedding, and resumed bit by bit; a row that is never looked up stays at zero."""
+    plain = train(change(settings, steps=2), NANO).model
+    orders = (1, 2)
+    save_model(extend_ngrams(plain, orders), tmp_path / "told", dtype="float32")
+    config = dataclasses.replace(NANO, ngram_orders=orders)
+    run = change(settings, out=str(tmp_path / "on"), init=str(tmp_path / "told"), checkpoint_every=2, steps=4)
+    learnt = parameters(train(run, config))
+    rows = learnt["ngram.weight"].detach().view(2, 257, -1)
+    assert rows[:, [ord(" "), ord("e"), 256]].any(-1).all() and not rows[:, 1:9].any()
+    told = Butterfly(config)
+    with_muon = Optimizers(told, run).muon.param_groups[0]["params"]
+    assert not any(parameter is told.ngram.weight for parameter in with_muon)
+    with pytest.raises(ValueError, match=r"the model in init .* has ngram_orders = \[1, 2\], this run \[\]"):
+        train(change(run, out=str(tmp_path / "other")), NANO)
+    broken = change(run, out=str(tmp_path / "broken"))
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        with pytest.raises(Interrupt):
+            train(broken, config)
+    for name, tensor in parameters(train(broken, config)).items():
+        assert torch.equal(tensor, learnt[name]), name
 
 
 def test_validation_is_the_mean_over_all_characters(settings: TrainConfig) -> None:
