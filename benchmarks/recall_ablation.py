@@ -230,8 +230,9 @@ def compare(options: argparse.Namespace) -> None:
         attends = model_changes.get("attends", "partner")
         seed, taps = run_changes.get("seed", 0), model_changes.get("taps", False)
         build = builder(twin, strides, seed, attends, taps)
-        ngram_orders = model_config.ngram_orders  # a twin has them where they are asked for
-        model_config = dataclasses.replace(twins.twin_config(twin, model_config), ngram_orders=ngram_orders)
+        # A twin is told of n-grams where that is asked for, beside the parameters that both have without.
+        told, model_config = model_config.ngram_orders, dataclasses.replace(model_config, ngram_orders=())
+        model_config = dataclasses.replace(twins.twin_config(twin, model_config), ngram_orders=told)
         lengths = growing(first, options.length)
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig.from_dict({

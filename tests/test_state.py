@@ -238,3 +238,13 @@ def test_a_state_that_does_not_fit_is_refused_before_it_is_read(
         ValueError, match=r"state of 1000000000 stream.s. needs .*GB on cpu, 1\.0 GB are free"
     ):
         load_state(folder, model)
+
+
+def test_a_state_from_before_a_field_was_added_is_taken(model: Butterfly, tmp_path: Path) -> None:
+    cache = model.new_cache()
+    read(model, text(20), cache)
+    with pytest.MonkeyPatch.context() as patch:
+        older = {key: value for key, value in CONFIG.to_dict().items() if not key.startswith("ngram_")}
+        patch.setattr(ButterflyConfig, "to_dict", lambda config: older)
+        save_state(cache, tmp_path / "state", model=model)
+    assert load_state(tmp_path / "state", model).position == 20

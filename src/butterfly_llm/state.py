@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from butterfly_llm.cache import Cache
+from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.folder import FORMAT_VERSION, STATE, Folder, json_bytes, shards, standing, write_folder
 from butterfly_llm.model import Butterfly
 
@@ -67,8 +68,10 @@ def load_state(path: str | Path, model: Butterfly) -> Cache:
     folder = Folder(standing(Path(path)), STATE)
     header = _header(folder)
     config = model.config.to_dict()
-    for key in sorted(config.keys() | header["config"].keys()):
-        there, here = header["config"].get(key), config.get(key)
+    # What a config says since a state was written, it then said by its default.
+    saved = ButterflyConfig().to_dict() | header["config"]
+    for key in sorted(config.keys() | saved.keys()):
+        there, here = saved.get(key), config.get(key)
         if there != here:
             raise ValueError(
                 f"{path}: the state of a model with {key if key in config else repr(key)} = {there!r:.80}, "

@@ -149,6 +149,8 @@ class FullAttention(Twin):
     @torch.no_grad()
     def write(self, ids: Tensor, position: int, cache: WholeCache) -> Tensor:
         """The characters ids (B,) at `position`, all before it in the cache -> logits (B, 256) float32."""
+        if self.config.ngram_orders:
+            raise ValueError("this twin writes without n-grams only: it keeps no table of them")
         config, x = self.config, self._embed(ids)
         angles = self._angles_from(position, 1, ids.device)
         for layer, keys, values in zip(

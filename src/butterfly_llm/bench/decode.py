@@ -41,6 +41,9 @@ def copies(model: Butterfly, cache: Cache, streams: int) -> Cache:
     many = model.new_cache(streams)
     for whole, own in zip(many.tensors(), cache.tensors(), strict=True):
         whole.copy_(own.expand_as(whole))
+    if many.ngrams is not None and cache.ngrams is not None:
+        for held, one in zip(many.ngrams.tensors().values(), cache.ngrams.tensors().values(), strict=True):
+            held.copy_(one.expand_as(held))
     many.position = cache.position
     return many
 
