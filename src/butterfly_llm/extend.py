@@ -61,7 +61,8 @@ def extend_ngrams(model: Butterfly, orders: tuple[int, ...]) -> Butterfly:
     orders: as `ButterflyConfig.ngram_orders`. ValueError for a model that has them already.
     """
     if model.config.ngram_orders or not orders:
-        raise ValueError(f"extend: the model has n-grams of {model.config.ngram_orders}, asked are {orders}")
+        had, asked = list(model.config.ngram_orders), list(orders)
+        raise ValueError(f"extend: the model is told of n-grams {had} already, and cannot be of {asked} too")
     with torch.device(model.embed.weight.device), torch.random.fork_rng(devices=[]):
         extended = Butterfly(dataclasses.replace(model.config, ngram_orders=orders))
     missing = extended.load_state_dict(model.state_dict(), strict=False).missing_keys
