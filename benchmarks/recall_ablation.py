@@ -5,12 +5,13 @@
         "random:strides='random'" "heads:attends='heads'" "taps:taps=true" "full attention:twin='full'"
 
 CORPUS is a folder with train.bin and val.bin. A variant is a name and changed settings: fields of the model,
-of the run as train.FIELD, or one of four that no model has: `twin`, another architecture with as many
+of the run as train.FIELD, or one of five that no model has: `twin`, another architecture with as many
 parameters (`butterfly_llm.twins`), `strides`, the partners of the butterfly layers (`STRIDES`), `attends`,
-what else such a layer reads (`ATTENDS`), and `taps`, whether layers mix in the characters before. Each is
-trained from nothing on windows of --length characters, into all of which facts are planted (`curriculum.py`),
-then asked at every number of hops for a fact alone and for one among 15 others, in windows of each of the
---ask lengths. A row of JSON for each goes to standard output and, with --save, to a file.
+what else such a layer reads (`ATTENDS`), `taps`, whether layers mix in the characters before, and `looks`,
+the numbers of the layers that read what they held where the last n characters stood before (`Lookup`). Each
+is trained from nothing on windows of --length characters, into all of which facts are planted
+(`curriculum.py`), then asked at every number of hops for a fact alone and for one among 15 others, in windows
+of each of the --ask lengths. A row of JSON for each goes to standard output and, with --save, to a file.
 
     python benchmarks/recall_ablation.py CORPUS --length 65536 --grow 512 --ask 4096 16384 65536 \
         --steps 4000 "heads:carry_heads=8,carry_size=128,train.recall_weight=20,train.export='runs/heads'"
@@ -25,7 +26,7 @@ import math
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,11 +35,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from butterfly_llm import twins
+from butterfly_llm import ngrams, twins
+from butterfly_llm.bench.twins import held_out
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
 from butterfly_llm.layers import Layer
 from butterfly_llm.model import Butterfly
+from butterfly_llm.modules import Linear, RMSNorm
 from butterfly_llm.ops import Backend
 from butterfly_llm.ops.rope import Angles, position_table, rotate
 from butterfly_llm.recall import Needles, evaluate_recall
@@ -136,6 +139,48 @@ class Taps(Layer):
         return self.finish(self, x.flatten(0, 1), y.flatten(0, 1), backend).view(x.shape)
 
 
+LOOKUP_ORDERS = (4, 12)
+_AHEAD = (0, 4)  # characters beyond the one that followed there
+
+
+def latest(ids: Tensor, order: int) -> Tensor:
+    """ids (B, N) -> (B, N) int64: behind the latest earlier place where the `order` characters stood that end
+    with each, or -1."""
+    hashes = ngrams.hashes(F.pad(ids, (order, 0)), order)[:, order:]
+    values, at = hashes.sort(dim=1, stable=True)
+    same = F.pad(values[:, 1:] == values[:, :-1], (1, 0))
+    found = torch.where(same, F.pad(at[:, :-1], (1, 0)) + 1, -1)
+    found = torch.empty_like(at).scatter_(1, at, found)
+    return torch.where(found >= order, found, -1)  # not what stands before the text
+
+
+class Lookup(Layer):
+    """Adds linear maps of its normalised input behind where the last n characters stood before, each n of
+    `LOOKUP_ORDERS`, and a little further on. For another kind of layer; `found` is set ahead of each pass."""
+
+    found: list[Tensor]  # for each n (B, N), as `latest` gives it
+
+    def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
+        super().__init__(config, reads_carry)
+        self.look_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        size, parts = config.hidden_size, len(LOOKUP_ORDERS) * len(_AHEAD)
+        self.looks = nn.ModuleList(Linear(size, size, bias=False) for _ in range(parts))
+        for look in self.looks:
+            nn.init.zeros_(cast(Linear, look).weight)
+
+    def forward(
+        self, x: Tensor, memory: Tensor | None, angles: Angles | None, stride: int, backend: Backend | None
+    ) -> Tensor:
+        normed, looks = self.look_norm(x), iter(self.looks)
+        here = torch.arange(x.shape[1], device=x.device)
+        for found in self.found:
+            for ahead in _AHEAD:
+                at = torch.minimum(found.clamp(min=0) + ahead, here)
+                rows = normed.gather(1, at[..., None].expand_as(normed)) * (found >= 0)[..., None]
+                x = x + next(looks)(rows)
+        return super().forward(x, memory, angles, stride, backend)
+
+
 ATTENDS: dict[str, type[Layer]] = {"partner": Layer, "heads": StrideForEachHead} | {
     name: type("SeveralChunks", (SeveralChunks,), {"reads": name}) for name in DISTANCES
 }
@@ -150,9 +195,16 @@ def settings(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 def builder(
-    twin: str, strides: str, seed: int, attends: str = "partner", taps: bool = False
+    twin: str,
+    strides: str,
+    seed: int,
+    attends: str = "partner",
+    taps: bool = False,
+    looks: Sequence[int] = (),
 ) -> Callable[[ButterflyConfig], Butterfly]:
     """What makes the model of a variant. ValueError for what it cannot be: a twin has no strides."""
+    if looks and twin != "butterfly":
+        raise ValueError(f"no looks for {twin}")
     if taps and twin in twins.RECURRENT:
         raise ValueError(f"no taps for {twin}, which has its own")
     for field, value, known in (("strides", strides, [*STRIDES]), ("attends", attends, [*ATTENDS])):
@@ -162,12 +214,27 @@ def builder(
     def build(config: ButterflyConfig) -> Butterfly:
         model = twins.build(twin, config)
         layers = cast("list[Layer]", model.layers)
+        if not set(looks) <= set(range(len(layers))):
+            raise ValueError(f"no looks {list(looks)}: there are layers 0 to {len(layers) - 1}")
         for i, layer in enumerate(layers):
             kind = ATTENDS[attends] if model.routes[i].stage == "butterfly" else type(layer)
             if taps:
                 kind = type(f"{kind.__name__}WithTaps", (Taps, kind), {})
+            if i in looks:
+                kind = type(f"{kind.__name__}WithLookup", (Lookup, kind), {})
             if kind is not type(layer):
                 model.layers[i] = kind(config, reads_carry=layer.attention.read is not None)
+        if looks:
+            embed = model._embed
+
+            def remember(ids: Tensor, *rest: Any) -> Tensor:
+                found = [latest(ids.long(), order) for order in LOOKUP_ORDERS]
+                for i in looks:
+                    cast(Lookup, model.layers[i]).found = found
+                return embed(ids, *rest)
+
+            model._embed = remember  # type: ignore[method-assign, assignment]
+            model.prefill_slice = 1 << 20  # slices of a layer know nothing of lookups
         if strides != "powers":
             found = iter(STRIDES[strides](config.num_passes, config.num_levels, seed))
             model.routes = tuple(
@@ -223,13 +290,14 @@ def compare(options: argparse.Namespace) -> None:
             carry_size=options.width // 4,
             num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2, ngram_orders=(),
         )  # fmt: skip
-        special = ("twin", "strides", "attends", "taps")
+        special = ("twin", "strides", "attends", "taps", "looks")
         own = {key: model_changes[key] for key in model_changes if key not in special}
         model_config = ButterflyConfig.from_dict(model_config.to_dict() | own)
         twin, strides = model_changes.get("twin", "butterfly"), model_changes.get("strides", "powers")
         attends = model_changes.get("attends", "partner")
         seed, taps = run_changes.get("seed", 0), model_changes.get("taps", False)
-        build = builder(twin, strides, seed, attends, taps)
+        looks = model_changes.get("looks", ())
+        build = builder(twin, strides, seed, attends, taps, looks)
         # A twin is told of n-grams where that is asked for, beside the parameters that both have without.
         told, model_config = model_config.ngram_orders, dataclasses.replace(model_config, ngram_orders=())
         model_config = dataclasses.replace(twins.twin_config(twin, model_config), ngram_orders=told)
@@ -268,10 +336,13 @@ def compare(options: argparse.Namespace) -> None:
             for length in options.ask or [options.length]
             for others in (0, 15)
         ]
+        val = Corpus(options.corpus / "val.bin")
+        with torch.no_grad():
+            places = held_out(model, val, options.length, 1 << 20, 1)["buckets"]
         row = {
             "variant": name, "model": model_changes, "run": run_changes, "length": options.length,
             "parameters": model.num_parameters(), "chars": result.chars, "seconds": round(seconds, 1),
-            "bits_per_char": round(result.val_bits, 4), "skipped": result.skipped,
+            "bits_per_char": round(result.val_bits, 4), "skipped": result.skipped, "by_position": places,
             "recall": [
                 {key: each[key] for key in ("length", "distractors")}
                 | {

@@ -131,7 +131,7 @@ def test_twins_trains_each_on_the_same_text_and_reads_held_out_text(
 ) -> None:
     saved = tmp_path / "twins.json"
     options = (
-        "--preset micro --twins window mamba2 --length 64 --batch 256 --micro 128 --chars 5120 --warmup 2"
+        "--preset micro --twins window mamba2 --length 64 --batch 256 --micro 128 --chars 5120 --warmup 0.1"
     )
     for module in ("fla", "fla.layers"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -148,6 +148,20 @@ def test_twins_trains_each_on_the_same_text_and_reads_held_out_text(
     kept = twins.held_out(load_pretrained(tmp_path / "kept" / "window"), Corpus(corpus, "val"), 64, 512, 2)
     assert kept["bits_per_char"] == pytest.approx(window["bits_per_char"], abs=0.01)  # in 8 bits
     assert os.listdir(tmp_path / "kept") == ["window"]
+
+
+def test_twins_warm_up_over_a_share_of_the_run(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+    parser = argparse.ArgumentParser()
+    twins.add_options(parser)
+    asked = "x --preset micro --length 64 --batch 256 --chars 5120 --val-chars 64 --warmup 0.5"
+    settings = twins.settings_of(parser.parse_args(asked.split()))
+    peers.prepare("window", MICRO.to_dict(), "cpu", False, False, 0)
+    rates = []
+    assert peers.subject is not None
+    monkeypatch.setattr(peers.subject.optimizers, "step", lambda rate, bad: rates.append(rate))
+    twins.train_twin(str(corpus), settings.to_dict(), True, 64, None, 0.5)
+    assert rates[:9] == pytest.approx([2e-3 * (0.01 + i / 10) for i in range(9)])
+    assert max(rates) == rates[10] < 2e-3 and rates[-1] < 3e-4  # it falls from 0.4 of the run on
 
 
 def test_held_out_bits_are_those_of_the_model(corpus: Path) -> None:
@@ -168,6 +182,7 @@ def test_held_out_bits_are_those_of_the_model(corpus: Path) -> None:
         ("", "give either --seconds or --chars"),
         ("--seconds 1 --chars 9", "give either --seconds or --chars"),
         ("--chars 999 --length 100 --batch 250", "--length 100 does not divide --batch 250"),
+        ("--chars 999 --warmup 2", "--warmup 2.0 must be a share from 0 to 1"),
         ("--chars 999 --length 0", "--length, --batch, --micro and --val-chars must be at least 1"),
         ("--chars 999 --length 1000000 --batch 1000000", "a window needs 1,000,001"),
     ],

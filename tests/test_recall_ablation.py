@@ -130,6 +130,37 @@ def test_taps_mix_in_the_characters_just_before(ablation: ModuleType, twin: str,
     assert gradient.nonzero()[0].item() == first and gradient[33:].sum() == 0
 
 
+def test_latest_is_behind_where_the_last_characters_stood_before(ablation: ModuleType) -> None:
+    texts = [b"abcabxabcab" + b"\0" * 9, bytes(torch.randint(3, (20,)).tolist())]
+    found = ablation.latest(torch.tensor([list(text) for text in texts]), 2)
+    for text, row in zip(texts, found.tolist(), strict=True):
+        for i, at in enumerate(row):
+            earlier = text.rfind(text[i - 1 : i + 1], 0, i) if i else -1
+            assert at == (earlier + 2 if earlier >= 0 else -1), (text, i)
+
+
+def test_a_layer_that_looks_reads_behind_where_the_text_stood_before(ablation: ModuleType) -> None:
+    plain = ablation.builder("butterfly", "powers", 0)(NANO)
+    model = ablation.builder("butterfly", "powers", 0, looks=(4,))(NANO)
+    assert model.num_parameters() == plain.num_parameters() + 4 * 32 * 32 + 32
+    assert [i for i, layer in enumerate(model.layers) if isinstance(layer, ablation.Lookup)] == [4]
+    model.load_state_dict(plain.state_dict(), strict=False)
+    ids = torch.arange(200).repeat(2)[None]  # all that stood before stood 200 characters before
+    layer, x = model.layers[4], torch.randn(1, 400, 32, generator=torch.Generator().manual_seed(0))
+    asked = {"memory": torch.zeros(1, 400, 8), "angles": None, "stride": 1, "backend": "torch"}
+    model.loss(ids[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(model(ids), plain(ids))  # the maps begin at zero
+    with torch.no_grad():
+        for look in layer.looks:
+            look.weight.normal_(generator=torch.Generator().manual_seed(1))
+    x = x.requires_grad_()
+    gradient = torch.autograd.grad(layer(x, **asked)[0, 330].sum(), x)[0][0].abs().sum(1)
+    far = gradient[: 330 - 32].nonzero()[:, 0].tolist()
+    assert far == [131, 135]  # behind, and four further on; the rest is its own chunk and the one before
+    gradient = torch.autograd.grad(layer(x, **asked)[0, 150].sum(), x)[0][0].abs().sum(1)
+    assert gradient[: 150 - 32].sum() == 0  # nothing stood before
+
+
 def test_a_variant_is_a_table_of_settings(ablation: ModuleType) -> None:
     assert ablation.settings("plain") == ("plain", {}, {})
     assert ablation.settings("told:ngram_orders=[2, 3],twin='full',train.seed=3,train.steps=1") == (
@@ -161,6 +192,9 @@ def test_variants_are_trained_and_asked(
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [row["variant"] for row in rows] == ["previous", "full attention"]
     for row in rows:
+        assert [place["stop"] for place in row["by_position"]] == [128, 512]
+        mean = sum(b["bits_per_char"] * (b["stop"] - b["start"]) for b in row["by_position"]) / 512
+        assert mean == pytest.approx(row["bits_per_char"], abs=0.1)
         assert row["chars"] == 512 and [each["distractors"] for each in row["recall"]] == [0, 15]
     assert abs(rows[0]["parameters"] / rows[1]["parameters"] - 1) < 0.02
 
@@ -171,6 +205,8 @@ def test_variants_are_trained_and_asked(
         ("x:strides='sideways'", "a butterfly has one of powers, "),
         ("x:strides='random',twin='full'", "a butterfly has one of powers, "),
         ("x:taps=true,twin='mamba2'", "no taps for mamba2"),
+        ("x:looks=[3],twin='full'", "no looks for full"),
+        ("x:looks=[99]", "no looks [99]: there are layers 0 to 13"),
         ("x:attends='all'", "a butterfly has one of partner, heads, partner and before"),
         ("x:ngram_orders=[3, 2]", "ngram_orders must be rising whole numbers from 1 to 63, not [3, 2]"),
         ("x:ngram_orders=[3", "Unclosed array"),

@@ -84,14 +84,14 @@ def state_nbytes(orders: Sequence[int], slots: int) -> int:
     return 8 * HISTORY + 4 * len(orders) * slots if orders else 0
 
 
-def _places(hashes: Any, slots: int) -> tuple[Any, Any]:
+def _places(hashed: Any, slots: int) -> tuple[Any, Any]:
     """int64 hashes, tensors or arrays -> places in the table, tags (1 to 2**23 - 1)."""
-    mixed = (hashes ^ ((hashes >> 32) & 0xFFFFFFFF)) * MIX
+    mixed = (hashed ^ ((hashed >> 32) & 0xFFFFFFFF)) * MIX
     tags = ((mixed >> 16) & ((1 << TAG_BITS) - 1)) | 1
     return (mixed >> 42) & (slots - 1), tags
 
 
-def _hashes(text: Tensor, order: int) -> Tensor:
+def hashes(text: Tensor, order: int) -> Tensor:
     """text (B, X) int64 -> of the `order` characters that end at each place; too short ones are arbitrary.
 
     A string's hash follows from those of its halves, so that few passes over the text make it.
@@ -138,7 +138,7 @@ def followers(
     row = torch.arange(batch, device=device)[:, None]
     found = []
     for o, order in enumerate(orders):
-        places, tags = _places(_hashes(text, order)[:, HISTORY - 1 :], slots)  # (B, T + 1)
+        places, tags = _places(hashes(text, order)[:, HISTORY - 1 :], slots)  # (B, T + 1)
         whole = position + number >= order
         entries = torch.nn.functional.pad(tags[:, :chars] << 8 | ids, (0, 1)).flatten()
         keys = torch.where(whole, places + slots * row, slots * batch).flatten()

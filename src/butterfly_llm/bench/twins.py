@@ -45,12 +45,18 @@ prepare = peers.prepare
 
 
 def train_twin(
-    corpus: str, settings: dict[str, Any], keep: bool, val_chars: int, folder: str | None = None
+    corpus: str,
+    settings: dict[str, Any],
+    keep: bool,
+    val_chars: int,
+    folder: str | None = None,
+    warmup: float = 0.0,
 ) -> dict[str, Any]:
     """Train what `prepare` made, by a TrainConfig, and say what came out.
 
-    keep: hold every activation for the backward pass, if they fit. folder: for the model in 8 bits, of an
-    architecture that `load_pretrained` knows.
+    warmup: share of the run until the peak rate, so that slow and fast ones warm up alike. keep: hold every
+    activation for the backward pass, if they fit. folder: for the model in 8 bits, of an architecture that
+    `load_pretrained` knows.
     """
     subject = peers.subject
     assert subject is not None
@@ -77,7 +83,8 @@ def train_twin(
             loss += gradients(*batch(step, part), None, 1 / parts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm, foreach=True)
         bad = ~(loss.isfinite() & norm.isfinite())
-        subject.optimizers.step(learning_rate(step, progress, config), bad)
+        warm = min(1.0, 0.01 + progress / warmup) if warmup else 1.0
+        subject.optimizers.step(warm * learning_rate(step, progress, config), bad)
         step += 1
         skipped += int(bad)
         curve.append((subject.clock() - begun, float(loss) / math.log(2)))
@@ -175,7 +182,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=131_072, help="characters in a step")
     parser.add_argument("--micro", type=int, default=65_536, help="characters in a pass, at most")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--warmup", type=int, default=100, help="steps until the peak")
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the run until the peak rate")
     parser.add_argument("--val-chars", type=int, default=1_048_576, help="held-out characters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--within", type=float, default=3600, help="give up after so many seconds in all")
@@ -195,6 +202,8 @@ def settings_of(options: argparse.Namespace) -> TrainConfig:
         raise ValueError("bench twins: give either --seconds or --chars")
     if min(options.length, options.batch, options.micro, options.val_chars) < 1:
         raise ValueError("bench twins: --length, --batch, --micro and --val-chars must be at least 1")
+    if not 0 <= options.warmup <= 1:
+        raise ValueError(f"bench twins: --warmup {options.warmup} must be a share from 0 to 1")
     windows = max(1, options.micro // options.length)
     while options.batch % (windows * options.length):
         if windows == 1:
@@ -210,7 +219,7 @@ def settings_of(options: argparse.Namespace) -> TrainConfig:
         micro_chars=windows * options.length,
         lengths=((1.0, options.length),),
         learning_rate=options.rate,
-        warmup_steps=options.warmup,
+        warmup_steps=0,
         decay="linear",
         decay_from=0.4,
         seed=options.seed,
@@ -235,6 +244,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "ngram_orders": list(config.ngram_orders),
         "local_chunks": config.local_chunks,
         "length": options.length,
+        "warmup": options.warmup,
         "train": settings.to_dict(),
         "rows": [],
     }
@@ -266,7 +276,7 @@ def _outcome(
     if left < (options.seconds or 1):
         return {"failed": f"no time left of {options.within:.0f} s"}
     keep = settings.micro_chars <= options.micro
-    asked = options.corpus, settings.to_dict(), keep, options.val_chars, folder
+    asked = options.corpus, settings.to_dict(), keep, options.val_chars, folder, options.warmup
     found = worker.ask(left, "train_twin", *asked)
     return {"failed": found} if isinstance(found, str) else dict(found)
 
