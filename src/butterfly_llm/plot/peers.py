@@ -76,10 +76,10 @@ def plot_twins(benchmark: str | Path, path: str | Path) -> None:
             axes.xaxis.set_major_formatter(lambda value, at: engineering(value))
             axes.set_xlim(left=0)
             _tidy(axes)
-        low = min(row["bits_per_char"] for row in rows)
-        panels[0].set_ylim(0.9 * low, 2.2 * low)  # the fall of the first steps is no news
+        low, high = (end(row["bits_per_char"] for row in rows) for end in (min, max))
+        panels[0].set_ylim(0.9 * low, max(2.2 * low, 1.15 * high))  # the fall of the first steps is no news
         panels[0].set_ylabel("bits per character")
-        panels[1].legend(title="held out (dots)", frameon=False)
+        panels[1].legend(title="held out (dots)", frameon=False, loc="upper right")
 
 
 def _draw(axes: Any, rows: Sequence[dict[str, Any]], key: str, colour: str, name: str) -> None:
