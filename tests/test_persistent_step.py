@@ -22,6 +22,8 @@ SHAPES = {
         "routing": "xor_causal", "feed_forward": "swiglu", "carry_size": 0, "rope_theta": None,
     },
     "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
+    "local chunks": {"local_chunks": 3, "num_kv_heads": 1},
+    "local chunks, no carry": {"local_chunks": 2, "carry_size": 0},
 }  # fmt: skip
 SMALLEST = {
     "hidden_size": 32, "head_dim": 16, "intermediate_size": 48, "carry_size": 8, "num_local_layers": 0,
@@ -34,7 +36,9 @@ def text(length: int) -> torch.Tensor:
 
 
 @kernels
-@pytest.mark.parametrize(("shape", "past"), list(zip(SHAPES, (79, 14, 50, 30, 65, 47, 60), strict=True)))
+@pytest.mark.parametrize(
+    ("shape", "past"), list(zip(SHAPES, (79, 14, 50, 30, 65, 47, 60, 90, 21), strict=True))
+)
 def test_the_persistent_step_is_the_step(shape: str, past: int) -> None:
     model = random_model(ButterflyConfig.preset("micro", **{"num_passes": 1, **SHAPES[shape]})).to(DEVICE)
     model.backend = "torch"
@@ -77,9 +81,15 @@ def test_programs_share_the_work() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("preset", "heads"), [("small", 0), ("full", 0), ("small", 4), ("full", 4)])
-def test_a_graph_steps_over_chunks_and_repeats_to_the_bit(preset: str, heads: int) -> None:
-    model = random_model(ButterflyConfig.preset(preset, carry_heads=heads)).cuda()
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("small", {"carry_heads": 0}), ("full", {"carry_heads": 0}), ("small", {}), ("full", {}),
+        ("small", {"local_chunks": 7}), ("full", {"local_chunks": 7}),
+    ],
+)  # fmt: skip
+def test_a_graph_steps_over_chunks_and_repeats_to_the_bit(preset: str, changes: dict[str, int]) -> None:
+    model = random_model(ButterflyConfig.preset(preset, **changes)).cuda()
     model.compute_dtype = torch.bfloat16
     ids = text(400)
     modules, *caches = (model.new_cache() for _ in range(3))
@@ -114,7 +124,7 @@ def test_what_it_cannot_step_is_named() -> None:
     assert reason() is None
     assert reason(2) == "it steps one stream, not 2"
     assert reason(intermediate_size=200) == "intermediate_size 200 is no multiple of 16"
-    assert reason(local_chunks=1) == "its kernel reads no chunks beside the partner"
+    assert reason(local_chunks=1) is None
     assert reason(chunk_size=24) == "chunk_size 24 is no power of two"
     model = random_model(ButterflyConfig.preset("micro", carry_size=12))
     with pytest.raises(ValueError, match="persistent step: carry_size 12 is no multiple of 8"):

@@ -96,14 +96,16 @@ def test_three_programs_share_a_hopper_multiprocessor(stream: bool, local: int) 
     assert "cp.async" in found.asm["ptx"]
 
 
-@pytest.mark.parametrize(("capability", "heads"), [(80, 0), (90, 0), (90, 4)])
-def test_the_step_in_one_launch_waits_in_instructions_of_the_card(capability: int, heads: int) -> None:
+@pytest.mark.parametrize(("capability", "heads", "local"), [(80, 0, 0), (90, 0, 0), (90, 4, 0), (90, 4, 7)])
+def test_the_step_in_one_launch_waits_in_instructions_of_the_card(
+    capability: int, heads: int, local: int
+) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     from butterfly_llm.ops.triton_persistent_kernel import persistent_kernel
 
-    model = random_model(ButterflyConfig.preset("tiny", carry_heads=heads))
+    model = random_model(ButterflyConfig.preset("tiny", carry_heads=heads, local_chunks=local))
     step = PersistentStep(model, model.new_cache(), programs=64, num_warps=4)
     constants = step.constants | {"WAIT": True, "FETCH": capability >= 90}
     kinds = dict.fromkeys(("ids_ptr", "position_ptr", "table_ptr"), "*i64")

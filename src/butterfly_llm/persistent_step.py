@@ -19,8 +19,6 @@ from butterfly_llm.model import Butterfly
 from butterfly_llm.ops.rope import rope_table
 from butterfly_llm.ops.triton_ngrams import ngram_rows
 
-_SPLITS = 2  # programs among which the keys of a head are divided
-
 
 def unsupported(config: ButterflyConfig, cache: Cache) -> str | None:
     """Why a model has no such step for a cache; None where it has."""
@@ -29,8 +27,6 @@ def unsupported(config: ButterflyConfig, cache: Cache) -> str | None:
     for name in ("hidden_size", "head_dim", "intermediate_size"):
         if getattr(config, name) % 16:
             return f"{name} {getattr(config, name)} is no multiple of 16"
-    if config.local_chunks:
-        return "its kernel reads no chunks beside the partner"
     if config.carry_size % 8:
         return f"carry_size {config.carry_size} is no multiple of 8"
     for name in ("head_dim", "chunk_size"):
@@ -92,14 +88,15 @@ class PersistentStep:
         self.vectors = self._vectors()
         table, scans = self._table()
         self.table = table.to(keys.device)
-        positions = torch.arange(2 * config.chunk_size)
+        parts = 2 + config.local_chunks  # chunks that a character sees
+        positions = torch.arange(parts * config.chunk_size)
         cos, sin = rope_table(positions, config.head_dim, config.rope_theta, torch.float32)
         half = config.head_dim // 2
         self.turns = torch.stack([cos[:, 0, half:], sin[:, 0, half:]]).contiguous().to(keys.device)
         queries = config.num_heads * config.head_dim
         qkv = queries + 2 * config.num_kv_heads * config.head_dim
         layer = 2 * config.hidden_size + qkv + config.intermediate_size
-        layer += _SPLITS * (queries + config.num_heads)
+        layer += parts * (queries + config.num_heads)
         words = (len(model.routes) + 1) * layer + scans * config.carry_width
         self.words = torch.full((2, words), -1, dtype=torch.int32, device=keys.device)
         self.launch = torch.zeros(1, dtype=torch.int32, device=keys.device)
@@ -125,7 +122,7 @@ class PersistentStep:
             "GATED": config.feed_forward == "swiglu",
             "SHIFT": config.routing == "shift",
             "SCALE": config.head_dim**-0.5 * math.log2(math.e),
-            "SPLITS": _SPLITS,
+            "LOCAL": config.local_chunks,
             "COLUMNS": self.table.shape[1],
             "CARRY_R": 1 << (-(-max(config.carry_size, 1) // self.programs) - 1).bit_length(),
             "HEAD_R": 1 << (-(-config.vocab_size // self.programs) - 1).bit_length(),
@@ -183,7 +180,7 @@ class PersistentStep:
 
         From the first ring to those of keys, values and carry, in units of 16 elements; slots; stride; the
         scan that is read; the one that the merge gives, 0 for none; the pass that is written and its scan,
-        0 for none.
+        0 for none; the local chunks; slots of the carry.
         """
         first = self.cache.keys[0]
 
@@ -215,6 +212,8 @@ class PersistentStep:
                     merged,
                     max(route.pass_index, 0),
                     written,
+                    self.config.local_chunks,
+                    1 if carry is None else carry.shape[-3],
                 ]
             )
         rows.append([0] * len(rows[0]))  # each layer loads the row of the next

@@ -100,8 +100,15 @@ def _route(row_ptr):
         tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3).to(tl.int32),
         tl.load(row_ptr + 4).to(tl.int32), tl.load(row_ptr + 5).to(tl.int32),
         tl.load(row_ptr + 6).to(tl.int32), tl.load(row_ptr + 7).to(tl.int32),
-        tl.load(row_ptr + 8).to(tl.int32),
+        tl.load(row_ptr + 8).to(tl.int32), tl.load(row_ptr + 9).to(tl.int32),
+        tl.load(row_ptr + 10).to(tl.int32),
     )  # fmt: skip
+
+
+@triton.jit
+def _slot(chunk, part, slots):
+    """Where in a ring chunks lie: the own one (part 0), the partner (1), those before the own one (2 ..)."""
+    return tl.where(part < 2, chunk + part, chunk + slots - (part - 1)) % slots
 
 
 @triton.jit
@@ -110,7 +117,7 @@ def persistent_kernel(
     words_ptr, logits_ptr, num_layers, num_words, eps,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, FF: tl.constexpr,
     CARRY: tl.constexpr, CARRY_HEADS: tl.constexpr, CHUNK: tl.constexpr, VOCAB: tl.constexpr,
-    GATED: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, SPLITS: tl.constexpr,
+    GATED: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, LOCAL: tl.constexpr,
     COLUMNS: tl.constexpr, QKV_R: tl.constexpr, QKV_T: tl.constexpr, OUT_R: tl.constexpr, OUT_T: tl.constexpr,
     UP_R: tl.constexpr, UP_T: tl.constexpr, DOWN_R: tl.constexpr, DOWN_T: tl.constexpr, CARRY_R: tl.constexpr,
     HEAD_R: tl.constexpr, FETCH: tl.constexpr, WAIT: tl.constexpr, PAUSE: tl.constexpr, THREADS: tl.constexpr,
@@ -118,14 +125,15 @@ def persistent_kernel(
     """logits (VOCAB,) float32 of the character ids (1,) at position (1,); the rings are updated.
 
     launch (1,): goes up by one with each launch. table (num_layers + 1, COLUMNS) int64: what differs from
-    layer to layer, see `persistent_step`. A program multiplies T tiles of R rows of each matrix. SCALE
-    includes log2(e).
+    layer to layer, see `persistent_step`; LOCAL is the most chunks before its own that a layer reads. A
+    program multiplies T tiles of R rows of each matrix. SCALE includes log2(e).
     """
     HALF: tl.constexpr = D // 2
     GROUP: tl.constexpr = HEADS // KV_HEADS
     QUERIES: tl.constexpr = HEADS * D
     QKV: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
-    KEYS: tl.constexpr = 2 * CHUNK // SPLITS
+    # Chunks that a character sees in a layer: its own, the partner, then local ones, the nearest first.
+    PARTS: tl.constexpr = 2 + LOCAL
     # Of a layer, in `weights`.
     W_READ: tl.constexpr = QKV * WIDTH
     W_OUT: tl.constexpr = W_READ + 2 * KV_HEADS * D * CARRY
@@ -142,8 +150,8 @@ def persistent_kernel(
     # Of a layer, in `words`.
     X_QKV: tl.constexpr = WIDTH
     X_O: tl.constexpr = X_QKV + QKV
-    X_LSE: tl.constexpr = X_O + SPLITS * QUERIES
-    X_MIDDLE: tl.constexpr = X_LSE + SPLITS * HEADS
+    X_LSE: tl.constexpr = X_O + PARTS * QUERIES
+    X_MIDDLE: tl.constexpr = X_LSE + PARTS * HEADS
     X_HIDDEN: tl.constexpr = X_MIDDLE + WIDTH
     X_LAYER: tl.constexpr = X_HIDDEN + FF
     BLOCK: tl.constexpr = 1024
@@ -179,7 +187,7 @@ def persistent_kernel(
 
     route = _route(table_ptr)
     for layer in range(num_layers):
-        keys_at, values_at, carry_at, slots, stride, read, merged, write, written = route
+        keys_at, values_at, carry_at, slots, stride, read, merged, write, written, local, carry_slots = route
         route = _route(table_ptr + (layer + 1) * COLUMNS)
         w_ptr = layers_ptr + tl.cast(layer, tl.int64) * W_LAYER
         vector_ptr = vectors_ptr + WIDTH + layer * V_LAYER
@@ -241,25 +249,25 @@ def persistent_kernel(
                     total += heard[i] * heard_scale
                 send_rows(x_ptr + X_QKV + at, total, at < QKV, WAIT)
 
-        # A part of the keys of a head: the last programs, which have the fewest rows above.
-        for item in range(programs - 1 - pid, KV_HEADS * SPLITS, programs):
-            head = item // SPLITS
-            part = item % SPLITS
-            far = part * KEYS // CHUNK
-            key0 = part * KEYS % CHUNK
-            start = ((head * slots + (chunk + far) % slots) * CHUNK + key0) * D
+        # One of the chunks of a head: the last programs, which have the fewest rows above.
+        for item in range(programs - 1 - pid, KV_HEADS * (2 + local), programs):
+            head = item // (2 + local)
+            part = item % (2 + local)
+            start = (head * slots + _slot(chunk, part, slots)) * (CHUNK * D)
             key_ptr = ring_ptr + keys_at * 16 + start
             value_ptr = ring_ptr + values_at * 16 + start
-            j = key0 + tl.arange(0, KEYS)
-            cells = tl.arange(0, KEYS)[:, None] * D + t[None, :]
-            old = tl.where(far == 0, j < offset, exists)
+            j = tl.arange(0, CHUNK)
+            cells = j[:, None] * D + t[None, :]
+            other = tl.where(part == 1, exists & (stride > local), chunk >= part - 1)
+            old = tl.where(part == 0, j < offset, other)
             k1 = tl.load(key_ptr + cells, mask=old[:, None], other=0.0)
             k2 = tl.load(key_ptr + HALF + cells, mask=old[:, None], other=0.0)
             v1 = tl.load(value_ptr + cells, mask=old[:, None], other=0.0)
             v2 = tl.load(value_ptr + HALF + cells, mask=old[:, None], other=0.0)
-            turn_ptr = turns_ptr + (offset + far * CHUNK) * HALF + t
+            back = tl.where(part == 0, 0, tl.where(part == 1, local + 1, part - 1))
+            turn_ptr = turns_ptr + (offset + back * CHUNK) * HALF + t
             cos = tl.load(turn_ptr)
-            sin = tl.load(turn_ptr + 2 * CHUNK * HALF)
+            sin = tl.load(turn_ptr + PARTS * CHUNK * HALF)
             q_gain1 = tl.load(vector_ptr + t)
             q_gain2 = tl.load(vector_ptr + HALF + t)
             k_gain1 = tl.load(vector_ptr + D + t)
@@ -275,12 +283,12 @@ def persistent_kernel(
             scale = 1.0 / tl.sqrt(tl.sum(new_k1 * new_k1 + new_k2 * new_k2, 0) / D + eps)
             new_k1 = new_k1 * scale * k_gain1
             new_k2 = new_k2 * scale * k_gain2
-            # The newest key, beside the tiles: turned right for the own chunk, unused for the other.
+            # The newest key, beside the tiles: turned right for the own chunk, unused for the others.
             turned1 = (new_k1 * cos - new_k2 * sin).to(kind)
             turned2 = (new_k2 * cos + new_k1 * sin).to(kind)
             new_v1 = new_v1.to(kind)
             new_v2 = new_v2.to(kind)
-            newest = (far == 0) & (offset >= key0) & (offset < key0 + KEYS)
+            newest = part == 0
             for g in tl.static_range(GROUP):
                 if g > 0:
                     q1, q2 = wait_for((q_ptr + g * D, q_ptr + g * D + HALF), HALF, THREADS, WAIT, PAUSE)
@@ -310,7 +318,7 @@ def persistent_kernel(
                 send(x_ptr + X_O + at * D + HALF + t, o2, t < HALF)
                 send(x_ptr + X_LSE + at + one, lse + one, one == 0)
             if newest:
-                new = (offset - key0) * D + t
+                new = offset * D + t
                 tl.store(key_ptr + new, turned1)
                 tl.store(key_ptr + HALF + new, turned2)
                 tl.store(value_ptr + new, new_v1)
@@ -319,8 +327,8 @@ def persistent_kernel(
         if CARRY > 0:  # noqa: SIM102
             if merged > 0:
                 carry_ptr = ring_ptr + carry_at * 16
-                own_ptr = carry_ptr + ((chunk % slots) * CHUNK + offset) * SCAN
-                far_ptr = carry_ptr + (((chunk + 1) % slots) * CHUNK + offset) * SCAN
+                own_ptr = carry_ptr + ((chunk % carry_slots) * CHUNK + offset) * SCAN
+                far_ptr = carry_ptr + (((chunk + 1) % carry_slots) * CHUNK + offset) * SCAN
                 scan_ptr = scans_ptr + (merged - 1) * SCAN
                 if CARRY_HEADS:
                     _merge_heads(
@@ -356,21 +364,29 @@ def persistent_kernel(
             pointers = ()
             for block in tl.static_range(QUERIES // OUT_K):
                 k = block * OUT_K + tl.arange(0, OUT_K)
-                for i in tl.static_range(SPLITS):
+                for i in tl.static_range(2):
                     o_ptr = x_ptr + X_O + i * QUERIES + k
                     pointers = pointers + (o_ptr, x_ptr + X_LSE + i * HEADS + k // D)  # noqa: RUF005
             parts = wait_for(pointers, OUT_K, THREADS, WAIT, PAUSE)
             y = ()
             for block in tl.static_range(QUERIES // OUT_K):
-                top = parts[2 * block * SPLITS + 1]
-                for i in tl.static_range(1, SPLITS):
-                    top = tl.maximum(top, parts[2 * (block * SPLITS + i) + 1])
-                whole = tl.zeros((OUT_K,), tl.float32)
-                total = tl.zeros((OUT_K,), tl.float32)
-                for i in tl.static_range(SPLITS):
-                    share = tl.exp2(parts[2 * (block * SPLITS + i) + 1] - top)
-                    whole += share
-                    total += share * parts[2 * (block * SPLITS + i)]
+                k = block * OUT_K + tl.arange(0, OUT_K)
+                top = tl.maximum(parts[4 * block + 1], parts[4 * block + 3])
+                own_share = tl.exp2(parts[4 * block + 1] - top)
+                share = tl.exp2(parts[4 * block + 3] - top)
+                whole = own_share + share
+                total = own_share * parts[4 * block] + share * parts[4 * block + 2]
+                if LOCAL > 0:
+                    for i in range(2, 2 + local):
+                        near_ptr = x_ptr + X_O + i * QUERIES + k
+                        lse_ptr = x_ptr + X_LSE + i * HEADS + k // D
+                        near, lse = wait_for((near_ptr, lse_ptr), OUT_K, THREADS, WAIT, PAUSE)
+                        higher = tl.maximum(top, lse)
+                        shrink = tl.exp2(top - higher)
+                        share = tl.exp2(lse - higher)
+                        whole = whole * shrink + share
+                        total = total * shrink + share * near
+                        top = higher
                 y = y + (total / whole,)  # noqa: RUF005
             totals = times_rows(tiles, y, False, WAIT)
             for i in tl.static_range(OUT_T):
@@ -390,12 +406,11 @@ def persistent_kernel(
                     if CARRY_HEADS == 0:
                         fetch_rows(next_ptr + W_MERGE, pid * CARRY_R, CARRY_R, CARRY, 2 * CARRY, FETCH)
                 fetch_rows(next_ptr + W_OUT, pid * OUT_R * OUT_T, OUT_R * OUT_T, WIDTH, QUERIES, FETCH)
-                for item in range(programs - 1 - pid, KV_HEADS * SPLITS, programs):
-                    far = (item % SPLITS) * KEYS // CHUNK
-                    place = (item // SPLITS) * route[3] + (chunk + far) % route[3]
-                    start = (place * CHUNK + (item % SPLITS) * KEYS % CHUNK) * D
-                    fetch(ring_ptr + route[0] * 16 + start, KEYS * D * kind_bytes, FETCH)
-                    fetch(ring_ptr + route[1] * 16 + start, KEYS * D * kind_bytes, FETCH)
+                count = 2 + route[9]
+                for item in range(programs - 1 - pid, KV_HEADS * count, programs):
+                    start = (item // count * route[3] + _slot(chunk, item % count, route[3])) * (CHUNK * D)
+                    fetch(ring_ptr + route[0] * 16 + start, CHUNK * D * kind_bytes, FETCH)
+                    fetch(ring_ptr + route[1] * 16 + start, CHUNK * D * kind_bytes, FETCH)
 
         first = pid * (UP_R * UP_T)
         if first < FF:
