@@ -119,8 +119,8 @@ class Taps(Layer):
     """Mixes the three characters before into each, by learned gains that begin at zero, ahead of a layer's
     projections: a causal depthwise convolution, as recurrent models have them. For another kind of layer."""
 
-    def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
-        super().__init__(config, reads_carry)
+    def __init__(self, config: ButterflyConfig, reads_carry: bool, local: int | None = None) -> None:
+        super().__init__(config, reads_carry, local)
         self.taps = nn.Parameter(torch.zeros(3 * config.hidden_size))
 
     def forward(
@@ -167,7 +167,7 @@ def builder(
             if taps:
                 kind = type(f"{kind.__name__}WithTaps", (Taps, kind), {})
             if kind is not type(layer):
-                model.layers[i] = kind(config, reads_carry=layer.attention.read is not None)
+                model.layers[i] = kind(config, layer.attention.read is not None, layer.local)
         if strides != "powers":
             found = iter(STRIDES[strides](config.num_passes, config.num_levels, seed))
             model.routes = tuple(
