@@ -122,8 +122,8 @@ class Taps(Layer):
     """Mixes the three characters before into each, by learned gains that begin at zero, ahead of a layer's
     projections: a causal depthwise convolution, as recurrent models have them. For another kind of layer."""
 
-    def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
-        super().__init__(config, reads_carry)
+    def __init__(self, config: ButterflyConfig, reads_carry: bool, local: int | None = None) -> None:
+        super().__init__(config, reads_carry, local)
         self.taps = nn.Parameter(torch.zeros(3 * config.hidden_size))
 
     def forward(
@@ -160,8 +160,8 @@ class Lookup(Layer):
 
     found: list[Tensor]  # for each n (B, N), as `latest` gives it
 
-    def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
-        super().__init__(config, reads_carry)
+    def __init__(self, config: ButterflyConfig, reads_carry: bool, local: int | None = None) -> None:
+        super().__init__(config, reads_carry, local)
         self.look_norm = RMSNorm(config.hidden_size, config.norm_eps)
         size, parts = config.hidden_size, len(LOOKUP_ORDERS) * len(_AHEAD)
         self.looks = nn.ModuleList(Linear(size, size, bias=False) for _ in range(parts))
@@ -223,7 +223,7 @@ def builder(
             if i in looks:
                 kind = type(f"{kind.__name__}WithLookup", (Lookup, kind), {})
             if kind is not type(layer):
-                model.layers[i] = kind(config, reads_carry=layer.attention.read is not None)
+                model.layers[i] = kind(config, layer.attention.read is not None, layer.local)
         if looks:
             embed = model._embed
 

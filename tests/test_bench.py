@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from butterfly_llm.bench import BENCHES
+from butterfly_llm.bench.models import chunks_read
 from butterfly_llm.bench.train import step_operations
 from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.cli import main
@@ -97,14 +98,22 @@ def test_stream_with_json_leaves_stdout_to_the_object(run, checkpoint, monkeypat
     assert result["rows"][-1]["bytes"] == random_model(ButterflyConfig.preset("micro")).new_cache().nbytes
 
 
+@pytest.mark.parametrize(("every", "chunks"), [(1, 8 * 2.5 + 2), (3, 8 * 0.5 + 2 * 2 + 6)])
+def test_only_layers_with_local_chunks_read_them(every, chunks):
+    """Strides 1, 1, 2, 4, 1, 2, 4, 1: where two local chunks are read, only 4 is one more."""
+    model = random_model(ButterflyConfig.preset("micro", local_chunks=2, local_every=every))
+    assert chunks_read(model) == chunks
+
+
 def test_prefill_and_decode_measure_every_length(run, monkeypatch):
     monkeypatch.setattr("butterfly_llm.bench.prefill.matmul_rate", lambda *_: 1e9)
     monkeypatch.setattr("butterfly_llm.bench.decode.read_bandwidth", lambda *_: 1e9)
-    micro = ("--preset", "micro", "--levels", 4, "--kv-heads", 1)
+    micro = ("--preset", "micro", "--levels", 4, "--kv-heads", 1, "--local-chunks", 1, "--local-every", 2)
     code, out, _ = run("prefill", *micro, "--lengths", 100, 300, "--slice", 64, "--repeats", 1)
     *table, last = out.splitlines()
     result = json.loads(last)
     assert (code, result["num_levels"], result["num_kv_heads"]) == (0, 4, 1) and len(table) == 3
+    assert (result["local_chunks"], result["local_every"]) == (1, 2)
     assert [(row["length"], row["slice"]) for row in result["rows"]] == [(100, 64), (300, 64)]
     assert all(row["chars_per_second"] > 0 and row["bytes"] is None for row in result["rows"])
 
@@ -173,6 +182,7 @@ def test_ops_without_a_gpu_is_one_line(run):
         ("prefill --lengths 0", "--lengths, --slice and --repeats must be at least 1"),
         ("prefill --levels 13", "bench prefill: --levels goes with --preset"),
         ("decode --carry-heads 4", "bench decode: --carry-heads goes with --preset"),
+        ("decode --local-every 2", "bench decode: --local-every goes with --preset"),
         ("prefill --ngram-orders 3", "bench prefill: --ngram-orders goes with --preset"),
         ("decode --preset micro --ngram-orders 3 2", "ngram_orders must be rising whole numbers"),
         ("train --carry-heads 5", "config: carry_heads 5 must divide carry_size 64"),

@@ -21,6 +21,7 @@ VARIANTS = {
     "grouped, no carry": {"num_kv_heads": 1, "carry_size": 0},
     "xor_causal, extra levels": {"routing": "xor_causal", "num_extra_levels": 2},
     "local chunks": {"local_chunks": 3, "num_kv_heads": 1},
+    "local chunks in every second layer": {"local_chunks": 3, "local_every": 2},
     "n-grams": NGRAMS,
 }
 L = 16
@@ -70,6 +71,7 @@ def test_forks_go_on_bit_by_bit_each_for_itself(variant: str, past: int) -> None
         (torch.int8, 2 * L, {}),
         (torch.float32, 2 * L - 2, {"local_chunks": 3}),  # the second fork stands at the end of a chunk
         (torch.int8, 2 * L, {"local_chunks": 2}),
+        (torch.int8, 2 * L, {"local_chunks": 3, "local_every": 2}),
         (torch.float32, 3, NGRAMS),
     ],
 )
@@ -118,8 +120,10 @@ def test_a_fork_holds_only_what_it_adds(changes: dict[str, Any]) -> None:
         cache.fork(0)
 
 
-def test_local_chunks_cost_slots_for_keys_and_values_alone() -> None:
-    model = random_model(ButterflyConfig.preset("micro", local_chunks=2))
+@pytest.mark.parametrize("every", [1, 2])
+def test_local_chunks_cost_slots_for_keys_and_values_alone(every: int) -> None:
+    """And those only where they are read."""
+    model = random_model(ButterflyConfig.preset("micro", local_chunks=2, local_every=every))
     model.prefill(text(300), cache := model.new_cache())
     assert cache.nbytes == cache_nbytes(model.config)
     (fork,) = cache.fork(1)
@@ -129,14 +133,15 @@ def test_local_chunks_cost_slots_for_keys_and_values_alone() -> None:
     for route, whole, near, few in zip(
         model.routes, cache.windows(), fork.windows(), eight.windows(), strict=True
     ):
-        slots = 3 + (route.stride > 2)
-        assert whole[0].shape[-3] == whole[1].shape[-3] == max(route.stride, 2) + 1
+        local = 2 if every == 1 or route.index % 2 else 0
+        slots = 1 + local + (route.stride > local)
+        assert whole[0].shape[-3] == whole[1].shape[-3] == max(route.stride, local) + 1
         assert [x.shape[-3] for x in (*near[:2], *few[:2])] == [slots] * 4
         for carry, count in ((whole[2], route.stride + 1), (near[2], 2), (few[2], 2)):
             assert carry is None or carry.shape[-3] == count
 
 
-@pytest.mark.parametrize("changes", [{}, {"local_chunks": 2}, NGRAMS])
+@pytest.mark.parametrize("changes", [{}, {"local_chunks": 2}, {"local_chunks": 3, "local_every": 2}, NGRAMS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_a_saved_fork_is_a_state_of_its_own(
     tmp_path: Path, dtype: torch.dtype, changes: dict[str, Any]
@@ -155,13 +160,13 @@ def test_a_saved_fork_is_a_state_of_its_own(
         model.prefill(text(17), fork)
 
 
-@pytest.mark.parametrize(("heads", "local"), [(0, 0), (4, 0), (4, 2)])
+@pytest.mark.parametrize(("heads", "local", "every"), [(0, 0, 1), (4, 0, 1), (4, 2, 1), (4, 3, 2)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.02), (torch.int8, 0.03)])
 def test_rings_in_fewer_bits_move_the_logits_little(
-    dtype: torch.dtype, bound: float, heads: int, local: int
+    dtype: torch.dtype, bound: float, heads: int, local: int, every: int
 ) -> None:
-    config = ButterflyConfig.preset("micro", num_kv_heads=1, carry_heads=heads, local_chunks=local)
-    model = random_model(config)
+    near = {"local_chunks": local, "local_every": every}
+    model = random_model(ButterflyConfig.preset("micro", num_kv_heads=1, carry_heads=heads, **near))
     exact, small = model.new_cache(), model.new_cache(dtype=dtype)
     assert small.dtype == dtype
     ids = text(300)

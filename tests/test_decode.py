@@ -18,6 +18,7 @@ VARIANTS = {
     "xor_causal, extra levels": {"routing": "xor_causal", "num_extra_levels": 2},
     "long pass": {"num_long_passes": 1, "num_long_levels": 5},
     "local chunks": {"local_chunks": 2},
+    "local chunks in every second layer": {"local_chunks": 3, "local_every": 2},
     "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
 }
 gpu = pytest.param("cuda", marks=pytest.mark.gpu)

@@ -20,6 +20,7 @@ SHAPES = {
     "extra levels, gated": {"num_extra_levels": 2, "feed_forward": "swiglu"},
     "gated carry": {"carry_heads": 0},
     "no carry": {"carry_size": 0, "num_refine_layers": 2},
+    "local chunks": {"local_chunks": 2, "local_every": 2},
 }
 
 
@@ -113,6 +114,9 @@ def test_what_cannot_be_extended_is_refused() -> None:
             extend_levels(model, 5, passes)
     with pytest.raises(ValueError, match="the model has 5 levels, 4 are not more"):
         extend_levels(extend_levels(model, 5, 1), 4)
+    near = random_model(dataclasses.replace(model.config, local_chunks=1, local_every=2))
+    with pytest.raises(ValueError, match="add a multiple of 2 levels"):
+        extend_levels(near, 4, 1)
     with pytest.raises(ValueError, match="no whole pass"):
         extend_levels(random_model(dataclasses.replace(model.config, num_passes=0)), 5)
 

@@ -12,6 +12,7 @@ from butterfly_llm import memory
 from butterfly_llm.cache import Cache, cache_nbytes, prefill_slice, routes_of
 from butterfly_llm.config import PRESETS, ButterflyConfig
 from butterfly_llm.model import Butterfly
+from butterfly_llm.ops import Backend
 from butterfly_llm.routing import partner_of, reach
 from conftest import phrases, random_model
 
@@ -25,6 +26,7 @@ VARIANTS = {
     "gated carry": dataclasses.replace(MICRO, carry_heads=0),
     "extra levels": dataclasses.replace(MICRO, num_extra_levels=2),
     "local chunks": dataclasses.replace(MICRO, local_chunks=2, num_kv_heads=1),
+    "local chunks in every second layer": dataclasses.replace(MICRO, local_chunks=3, local_every=2),
     "n-grams": dataclasses.replace(MICRO, ngram_orders=(1, 2, 5), ngram_slots=4096),
 }
 
@@ -276,11 +278,19 @@ def test_a_state_that_cannot_fit_is_refused_before_allocating(monkeypatch: pytes
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"routing": "ring"}, "routing must be"),
         ({"num_extra_levels": 9}, "raise num_passes"),
+        ({"local_chunks": 2, "local_every": 0}, "local_every must be at least 1, not 0"),
+        ({"local_every": 2}, "local_every 2 must be 1 without local_chunks"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ButterflyConfig(**change)  # type: ignore[arg-type]
+
+
+def test_a_config_from_before_a_field_existed_has_its_default() -> None:
+    values = dataclasses.replace(MICRO, local_chunks=2).to_dict()
+    assert values.pop("local_every") == 1
+    assert ButterflyConfig.from_dict(values) == dataclasses.replace(MICRO, local_chunks=2)
 
 
 def test_unknown_names_get_a_suggestion() -> None:
@@ -313,6 +323,26 @@ def test_local_chunks_are_heard_in_every_layer(routing: str, local: int) -> None
         partner = partner_of(chunk, 8, routing)
         expected = {*range(max(0, chunk - local), chunk + 1), *([partner] if partner >= 0 else [])}
         assert set(gradient[0].view(20, -1).norm(dim=1).nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_layers_without_local_chunks_are_those_of_a_plain_model(backend: Backend) -> None:
+    """Bit for bit: values and gradients in the layers between those that read local chunks."""
+    config = dataclasses.replace(MICRO, local_chunks=2, local_every=3)
+    near, plain = (random_model(c) for c in (config, MICRO))
+    every = random_model(dataclasses.replace(MICRO, local_chunks=2))
+    assert [config.local_of(i) for i in range(8)] == [0, 0, 2, 0, 0, 2, 0, 0]
+    x = torch.randn(1, 4 * CHUNK, config.hidden_size)
+    memory = torch.randn(1, 4 * CHUNK, config.carry_width)
+    for i in (0, 1, 2, 5):
+        results = []
+        for model in (near, every if config.local_of(i) else plain):
+            inputs = x.clone().requires_grad_(), memory.clone().requires_grad_()
+            y = model.layers[i](inputs[0], inputs[1] if i else None, None, model.routes[i].stride, backend)
+            y.square().sum().backward()
+            parameters = model.layers[i].parameters()
+            results.append([y, inputs[0].grad, inputs[1].grad if i else y, *(p.grad for p in parameters)])
+        assert all(map(torch.equal, *results)), i
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -23,6 +23,7 @@ SHAPES = {
     },
     "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
     "local chunks": {"local_chunks": 3, "num_kv_heads": 1},
+    "local chunks in every second layer": {"local_chunks": 3, "local_every": 2},
     "local chunks, no carry": {"local_chunks": 2, "carry_size": 0},
 }  # fmt: skip
 SMALLEST = {
@@ -37,7 +38,7 @@ def text(length: int) -> torch.Tensor:
 
 @kernels
 @pytest.mark.parametrize(
-    ("shape", "past"), list(zip(SHAPES, (79, 14, 50, 30, 65, 47, 60, 90, 21), strict=True))
+    ("shape", "past"), list(zip(SHAPES, (79, 14, 50, 30, 65, 47, 60, 90, 92, 21), strict=True))
 )
 def test_the_persistent_step_is_the_step(shape: str, past: int) -> None:
     model = random_model(ButterflyConfig.preset("micro", **{"num_passes": 1, **SHAPES[shape]})).to(DEVICE)
@@ -85,7 +86,7 @@ def test_programs_share_the_work() -> None:
     ("preset", "changes"),
     [
         ("small", {"carry_heads": 0}), ("full", {"carry_heads": 0}), ("small", {}), ("full", {}),
-        ("small", {"local_chunks": 7}), ("full", {"local_chunks": 7}),
+        ("small", {"local_chunks": 7, "local_every": 2}), ("full", {"local_chunks": 7}),
     ],
 )  # fmt: skip
 def test_a_graph_steps_over_chunks_and_repeats_to_the_bit(preset: str, changes: dict[str, int]) -> None:

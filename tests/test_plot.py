@@ -350,8 +350,8 @@ def test_attention_of_nothing_is_refused(tmp_path):
     model = random_model(ButterflyConfig.preset("micro"))
     with pytest.raises(ValueError, match="the text is empty"):
         plot_attention(model, b"", tmp_path / "x.png", layer=0)
-    with pytest.raises(ValueError, match="draws two chunks, this model reads 3"):
-        plot_attention(
-            random_model(ButterflyConfig.preset("micro", local_chunks=1)), b"x", tmp_path / "x.png", layer=0
-        )
+    model = random_model(ButterflyConfig.preset("micro", local_chunks=1, local_every=2))
+    with pytest.raises(ValueError, match="draws two chunks, layer 1 reads 3"):
+        plot_attention(model, b"x", tmp_path / "x.png", layer=1)
+    assert attention_map(model, torch.zeros(1, dtype=torch.uint8), 0).shape[1:] == (1, 17)
     assert not list(tmp_path.iterdir())

@@ -96,6 +96,12 @@ def test_near_partners_are_local_chunks(ablation: ModuleType) -> None:
         torch.testing.assert_close(y, local.attend(q, k, v, 1, "torch"))
 
 
+def test_other_kinds_of_layers_keep_their_local_chunks(ablation: ModuleType) -> None:
+    config = dataclasses.replace(NANO, local_chunks=2, local_every=2)
+    model = ablation.builder("butterfly", "powers", 0, "heads", True)(config)
+    assert [layer.local for layer in model.layers] == [0, 2] * 4
+
+
 @pytest.mark.parametrize("attends", ["heads", "two partners"])
 def test_only_butterfly_layers_read_otherwise(ablation: ModuleType, attends: str) -> None:
     model = ablation.builder("butterfly", "powers", 0, attends)(NANO)

@@ -27,6 +27,7 @@ VARIANTS = {
     "no carry": {"carry_size": 0},
     "long pass": {"num_long_passes": 1, "num_long_levels": 4},
     "local chunks": {"local_chunks": 2},
+    "local chunks in every second layer": {"local_chunks": 3, "local_every": 2},
     "gated carry": {"carry_heads": 0},
     "xor": {"routing": "xor"},
 }
@@ -322,6 +323,18 @@ def test_fused_feed_forward_keeps_the_squares_alone() -> None:
     assert plain.nbytes(None) - fused.nbytes(None) == 65_536 * 53 * 2 * (3072 + 768)
     few, many = (load.plan("auto", 84_000_000_000) for load in (plain, fused))
     assert few is not None and many is not None and many.whole > few.whole + 5
+
+
+def test_local_chunks_count_in_the_layers_that_read_them() -> None:
+    """Without kernels, two copies of 64 numbers for keys and values, and two for their gradients."""
+
+    def load(**changes: int) -> Load:
+        config = ButterflyConfig.preset("micro", **changes)
+        return Load(config, chars=1, value_bytes=1, fixed_bytes=0, fused=False)
+
+    plain, some, every = load(), load(local_chunks=3, local_every=2), load(local_chunks=3)
+    assert some.nbytes(None) - plain.nbytes(None) == 4 * 2 * 3 * 64
+    assert every.nbytes(None) - plain.nbytes(None) == 8 * 2 * 3 * 64
 
 
 def test_inputs_go_to_the_host_before_segments_are_run_again() -> None:

@@ -24,6 +24,7 @@ CONFIGS = {
     "no carry": {"carry_size": 0, "rope_theta": None},
     "xor_causal": {"routing": "xor_causal"},
     "local chunks": {"local_chunks": 2},
+    "local chunks in every second layer": {"local_chunks": 3, "local_every": 2},
     "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
 }
 
@@ -44,7 +45,7 @@ def alone_in(model, cache):
     """For each layer whether the last character read its own chunk only."""
     chunk, config = (cache.position - 1) // model.config.chunk_size, model.config
     return [
-        partner_of(chunk, route.stride, config.routing) < 0 and not min(chunk, config.local_chunks)
+        partner_of(chunk, route.stride, config.routing) < 0 and not min(chunk, config.local_of(route.index))
         for route in model.routes
     ]
 

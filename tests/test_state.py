@@ -42,7 +42,15 @@ def folder(model: Butterfly, tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-@pytest.mark.parametrize("changes", [{}, {"local_chunks": 2}, {"ngram_orders": (1, 2), "ngram_slots": 256}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"local_chunks": 2},
+        {"local_chunks": 3, "local_every": 2},
+        {"ngram_orders": (1, 2), "ngram_slots": 256},
+    ],
+)
 @pytest.mark.parametrize("length", [1, 15, 16, 100, 3 * REACH + 5])
 def test_a_resumed_stream_goes_on_bit_by_bit(tmp_path: Path, length: int, changes: dict[str, Any]) -> None:
     model = random_model(dataclasses.replace(CONFIG, **changes))

@@ -230,6 +230,27 @@ def test_a_model_is_one_graph_and_equals_eager() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@kernels
+def test_local_chunks_in_every_second_layer() -> None:
+    """Loss and every gradient of a butterfly pass with carry, against the dense reference."""
+    model = random_model(
+        ButterflyConfig.preset(
+            "micro", num_local_layers=0, num_passes=1, num_levels=4, num_refine_layers=0, local_chunks=2,
+            local_every=2,
+        )
+    ).to(DEVICE)  # fmt: skip
+    ids = torch.randint(0, 256, (1, 200), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = []
+    for backend in ("triton", "reference"):
+        model.backend = backend
+        model.zero_grad()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_tiles_fit_the_chunk_and_small_cards() -> None:
     for which in ("forward", "query_gradient", "key_gradient"):
         for dtype in triton_attention.DTYPES:

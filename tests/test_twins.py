@@ -56,6 +56,11 @@ def test_a_twin_has_the_parameters_and_depth_of_the_model(name: str, preset: str
     assert theirs.config.chunk_size == config.chunk_size
 
 
+def test_a_twin_reads_no_local_chunks() -> None:
+    config = twin("full", dataclasses.replace(MICRO, local_chunks=2, local_every=2)).config
+    assert (config.local_chunks, config.local_every) == (0, 1)
+
+
 @pytest.mark.parametrize("name", HERE[1:])
 def test_a_twin_hears_what_its_name_says(name: str) -> None:
     model, chunk = filled(name), MICRO.chunk_size

@@ -41,7 +41,7 @@ def cache_nbytes(config: ButterflyConfig, batch_size: int = 1, dtype: torch.dtyp
     rows, values = 0, 0
     for route in routes_of(config):
         carried = route.stage == "butterfly" and config.carry_size > 0
-        chars = (max(route.stride, config.local_chunks) + 1) * config.chunk_size
+        chars = (max(route.stride, config.local_of(route.index)) + 1) * config.chunk_size
         lanes = carried * (route.stride + 1) * config.chunk_size
         rows += chars * 2 * config.num_kv_heads + lanes * (2 if config.carry_heads else 1)
         values += chars * 2 * config.num_kv_heads * config.head_dim + lanes * config.carry_width
@@ -122,7 +122,7 @@ class Cache:
             carried = route.stage == "butterfly" and config.carry_size > 0
             lanes = batch_size, config.chunk_size, config.carry_width
             carry = ring(*lanes, scores=config.carry_heads) if carried else None
-            keys, values = (ring(*shape, local=config.local_chunks) for _ in range(2))
+            keys, values = (ring(*shape, local=config.local_of(route.index)) for _ in range(2))
             layers.append((keys, values, carry))
         cache = cls._of(config, 0, layers, paged=dtype == torch.int8)
         if config.ngram_orders:
@@ -202,7 +202,7 @@ class Cache:
             return window
 
         bases = [
-            (ring, route.stride, 0 if kind == "carry" else self.config.local_chunks)
+            (ring, route.stride, 0 if kind == "carry" else self.config.local_of(route.index))
             for layer, route in zip(self.rings(), routes_of(self.config), strict=True)
             for kind, ring in zip(("keys", "values", "carry"), layer, strict=True)
         ]

@@ -48,7 +48,9 @@ class ButterflyConfig:
     num_refine_layers: int = 4
     """Layers at the end that read the previous chunk."""
     local_chunks: int = 0
-    """Chunks just before its own that each chunk reads in every layer, beside its partner."""
+    """Chunks just before its own that each chunk reads beside its partner, in the layers of `local_of`."""
+    local_every: int = 1
+    """Every so many layers one reads `local_chunks`, beginning with layer local_every - 1; 1: all do."""
     chunk_size: int = 128
     """Characters in a chunk."""
     carry_size: int = 64
@@ -110,6 +112,8 @@ class ButterflyConfig:
             raise ValueError(
                 f"config: local_chunks {self.local_chunks} must be at most 8, and 0 for routing xor"
             )
+        if self.local_every > 1 and not self.local_chunks:
+            raise ValueError(f"config: local_every {self.local_every} must be 1 without local_chunks")
         object.__setattr__(self, "ngram_orders", _orders(self.ngram_orders))
         if self.ngram_slots & (self.ngram_slots - 1) or not 16 <= self.ngram_slots <= 2**22:
             raise ValueError(
@@ -153,6 +157,10 @@ class ButterflyConfig:
     @property
     def num_layers(self) -> int:
         return self.num_local_layers + self.num_butterfly_layers + self.num_refine_layers
+
+    def local_of(self, index: int) -> int:
+        """Chunks just before its own that a chunk reads in layer `index` of the model."""
+        return self.local_chunks if index % self.local_every == self.local_every - 1 else 0
 
     @property
     def carry_width(self) -> int:

@@ -27,7 +27,8 @@ def extend_levels(model: Butterfly, num_levels: int, num_passes: int | None = No
 
     num_passes: which they are `ButterflyConfig.num_long_passes` says; None for all. The logits are those of
     `model` for texts up to the old reach. ValueError for a model without a whole pass, for levels that are
-    not more than it has, and for passes that it does not have or fewer than are long already.
+    not more than it has, for passes that it does not have or fewer than are long already, and where other
+    layers than before would read `local_chunks`.
     """
     config = model.config
     if num_levels <= config.max_levels:
@@ -41,10 +42,15 @@ def extend_levels(model: Butterfly, num_levels: int, num_passes: int | None = No
         longer = dataclasses.replace(config, num_levels=num_levels, num_long_passes=0, num_long_levels=0)
     else:
         longer = dataclasses.replace(config, num_long_passes=num_passes, num_long_levels=num_levels)
+    sources = dict(_sources(config, longer))
+    if any(config.local_of(old) != longer.local_of(i) for i, (old, new) in sources.items() if not new):
+        raise ValueError(
+            f"extend: one layer in {config.local_every} reads local_chunks, and others would: "
+            f"add a multiple of {config.local_every} levels"
+        )
     with torch.device(model.embed.weight.device), torch.random.fork_rng(devices=[]):
         extended = Butterfly(longer)
     values = dict(model.named_parameters())
-    sources = dict(_sources(config, longer))
     with torch.no_grad():
         for name, parameter in extended.named_parameters():
             source, muted = _source(name, config.num_local_layers, sources)

@@ -99,7 +99,7 @@ class FusedStep:
             ring = cache.keys[route.index], cache.values[route.index]
             y = step_attention_triton(
                 q, k, v, ring, position=positions, stride=route.stride, topology=topology,
-                rope_theta=config.rope_theta, local=config.local_chunks,
+                rope_theta=config.rope_theta, local=config.local_of(route.index),
             ).flatten(1)  # fmt: skip
             x = rows_product(y, weights[layer + "attention.out.weight"], kind="add", residual=x)
             hidden = rows_product(

@@ -61,9 +61,11 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Pre-norm attention over the own and the partner chunk, and chunks just before, then feed-forward."""
 
-    def __init__(self, config: ButterflyConfig, reads_carry: bool) -> None:
+    def __init__(self, config: ButterflyConfig, reads_carry: bool, local: int | None = None) -> None:
+        """local: chunks just before; None: `config.local_chunks`."""
         super().__init__()
         self.config = config
+        self.local = config.local_chunks if local is None else local
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, reads_carry)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -95,7 +97,7 @@ class Layer(nn.Module):
             rope_theta=self.config.rope_theta,
             backend=backend,
             rotated=True,
-            local=self.config.local_chunks,
+            local=self.local,
         )
 
     def parts(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -130,7 +132,7 @@ class Layer(nn.Module):
             stride=stride,
             topology=self.config.routing,
             rope_theta=self.config.rope_theta,
-            local=self.config.local_chunks,
+            local=self.local,
         )
         return self.finish(self, rows, y.reshape(-1, *y.shape[-2:]), backend).view(x.shape)
 

@@ -71,7 +71,8 @@ class Butterfly(nn.Module):
             self.ngram = nn.Embedding(rows, config.hidden_size, _weight=torch.zeros(rows, config.hidden_size))
         self.embed_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(
-            Layer(config, reads_carry=has_carry and self._reads_carry(route.stage)) for route in self.routes
+            Layer(config, has_carry and self._reads_carry(route.stage), config.local_of(route.index))
+            for route in self.routes
         )
         passes = sum(route.starts_pass for route in self.routes)
         self.writes = nn.ModuleList(CarryWrite(config) for _ in range(passes if has_carry else 0))
@@ -450,6 +451,7 @@ class Butterfly(nn.Module):
                     feed_forward_norm=vector(layer.feed_forward_norm.weight),
                     up=matrix(layer.feed_forward.up),
                     down=matrix(layer.feed_forward.down),
+                    local=layer.local,
                     read_norm=None if attention.read_norm is None else vector(attention.read_norm.weight),
                     read=None if attention.read is None else matrix(attention.read),
                     write=None
@@ -472,7 +474,6 @@ class Butterfly(nn.Module):
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             chunk_size=config.chunk_size,
-            local_chunks=config.local_chunks,
             topology=config.routing,
             gated=config.feed_forward == "swiglu",
             carry_heads=config.carry_heads,

@@ -212,7 +212,7 @@ class PersistentStep:
                     merged,
                     max(route.pass_index, 0),
                     written,
-                    self.config.local_chunks,
+                    self.config.local_of(route.index),
                     1 if carry is None else carry.shape[-3],
                 ]
             )

@@ -286,8 +286,10 @@ class Load:
         wide = (5 if config.feed_forward == "swiglu" else 3) * config.intermediate_size
         layer = 5 * hidden + 8 * queries + wide + 6 * carry
         # Chunk by chunk, own, partner and local ones side by side.
-        copies = 0 if self.fused else 4 * queries + 4 * (2 + config.local_chunks) * keys
-        layer += copies // 2
+        local = [config.local_of(index) for index in range(config.num_layers)]
+        copies = 0 if self.fused else 4 * queries + 4 * (2 + max(local)) * keys
+        if not self.fused:  # kept by layers of both kinds
+            layer += 2 * queries + 2 * (2 * len(local) + sum(local)) * keys // len(local)
         if self.compiled:
             layer = layer * 4 // 5  # `small`, 131,072 characters: 76.7 GB were measured, 76 are estimated
         if self.fused_feed_forward:

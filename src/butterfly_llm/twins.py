@@ -58,8 +58,8 @@ def twin_config(name: str, config: ButterflyConfig) -> ButterflyConfig:
     # No butterfly layers and no carry: strides and passes mean nothing to a twin.
     plain = dataclasses.replace(
         config, num_local_layers=config.num_layers, num_passes=0, num_extra_levels=0, num_long_passes=0,
-        num_long_levels=0, num_refine_layers=0, local_chunks=0, carry_size=0, routing="shift",
-        ngram_orders=(), rope_theta=ROPE_THETA if name == "full" else config.rope_theta,
+        num_long_levels=0, num_refine_layers=0, local_chunks=0, local_every=1, carry_size=0,
+        routing="shift", ngram_orders=(), rope_theta=ROPE_THETA if name == "full" else config.rope_theta,
     )  # fmt: skip
 
     def count(width: int) -> int:

@@ -25,6 +25,9 @@ def add_preset_options(parser: argparse.ArgumentParser, preset: str | None) -> N
         "--local-chunks", type=int, help="of the preset: chunks before its own that every chunk reads too"
     )
     parser.add_argument(
+        "--local-every", type=int, help="of the preset: every so many layers one reads the local chunks"
+    )
+    parser.add_argument(
         "--ngram-orders", type=int, nargs="*", help="of the preset: numbers n whose n-grams it is told of"
     )
 
@@ -35,6 +38,7 @@ def config_of(options: argparse.Namespace) -> ButterflyConfig:
         "num_kv_heads": options.kv_heads,
         "carry_heads": options.carry_heads,
         "local_chunks": options.local_chunks,
+        "local_every": options.local_every,
         "ngram_orders": options.ngram_orders,
     }  # fmt: skip
     changes = {name: value for name, value in wanted.items() if value is not None}
@@ -55,7 +59,7 @@ def model_of(options: argparse.Namespace) -> Butterfly:
     """The model that `add_model_options` means, on its device, in bfloat16 on a GPU."""
     device = pick_device(options.device)
     if options.preset is None:
-        for name in ("levels", "kv_heads", "carry_heads", "local_chunks", "ngram_orders"):
+        for name in ("levels", "kv_heads", "carry_heads", "local_chunks", "local_every", "ngram_orders"):
             if getattr(options, name) is not None:
                 raise ValueError(f"bench {options.bench}: --{name.replace('_', '-')} goes with --preset")
         model = load_pretrained(options.model, device=device)
@@ -71,8 +75,8 @@ def model_of(options: argparse.Namespace) -> Butterfly:
 
 def chunks_read(model: Butterfly) -> float:
     """By a character in all layers: half of its own, the local ones, a partner that is none of them."""
-    local = model.config.local_chunks
-    return sum(0.5 + local + (route.stride > local) for route in model.routes)
+    reads = [(route.stride, model.config.local_of(route.index)) for route in model.routes]
+    return sum(0.5 + local + (stride > local) for stride, local in reads)
 
 
 def facts(model: Butterfly) -> dict[str, Any]:
@@ -86,6 +90,7 @@ def facts(model: Butterfly) -> dict[str, Any]:
         "num_kv_heads": model.config.num_kv_heads,
         "carry_heads": model.config.carry_heads,
         "local_chunks": model.config.local_chunks,
+        "local_every": model.config.local_every,
         "ngram_orders": list(model.config.ngram_orders),
         "dtype": str(model.compute_dtype).removeprefix("torch."),
     }

@@ -243,6 +243,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "preset": options.preset,
         "ngram_orders": list(config.ngram_orders),
         "local_chunks": config.local_chunks,
+        "local_every": config.local_every,
         "length": options.length,
         "warmup": options.warmup,
         "train": settings.to_dict(),

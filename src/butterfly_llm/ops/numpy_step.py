@@ -36,6 +36,7 @@ class LayerWeights:
     feed_forward_norm: Array  # (d,)
     up: Array
     down: Array
+    local: int  # chunks just before the own one that are read too
     read_norm: Array | None  # (M,)
     read: Array | None  # (M, 2 K D)
     write: tuple[Array, Array, Array] | None  # norm (d,), matrix (d, X), bias (X,), X 2M or G + M
@@ -53,11 +54,10 @@ class Weights:
     embed_norm: Array
     norm: Array
     head: Array  # (d, 256)
-    rope: tuple[Array, Array]  # cos and signed sin of positions 0..2L-1, (2L, D)
+    rope: tuple[Array, Array]  # cos and signed sin of positions 0..(2 + W)L-1, W the most of `local`
     num_heads: int
     num_kv_heads: int
     chunk_size: int
-    local_chunks: int
     topology: Topology
     gated: bool
     carry_heads: int
@@ -103,15 +103,16 @@ def _attend(
     qk = qk / np.sqrt(mean_square + np.float32(weights.eps))[:, None]
     qk[:num_heads] *= layer.q_norm
     qk[num_heads:] *= layer.k_norm
+    local = layer.local
+    count = local + 1 + (stride > local)  # R, chunks that are read
     # Row 0 turned by the offset, the others by one chunk more each: the query against what lies before.
-    cos, sin = (table[offset :: weights.chunk_size, None] for table in weights.rope)
+    turns = slice(offset, count * weights.chunk_size, weights.chunk_size)
+    cos, sin = (table[turns, None] for table in weights.rope)
     half = head_dim // 2
     turned = qk * cos + np.concatenate([qk[:, half:], qk[:, :half]], 1) * sin  # (R, H + K, D)
     keys[:, slot, offset] = turned[0, num_heads:]
     values[:, slot, offset] = heads[num_heads + num_kv_heads :]
 
-    local = weights.local_chunks
-    count = local + 1 + (stride > local)  # R, chunks that are read
     if local:
         read = [*((chunk - back) % slots for back in range(local + 1)), (slot + 1) % slots][:count]
         k_read, v_read = keys[:, read], values[:, read]
@@ -119,7 +120,7 @@ def _attend(
         k_read, v_read = keys[:, slot : slot + 2], values[:, slot : slot + 2]  # (K, 2, L, D)
     else:
         k_read, v_read = (np.stack([x[:, slot], x[:, 0]], 1) for x in (keys, values))
-    q = turned[:count, :num_heads].reshape(count, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
+    q = turned[:, :num_heads].reshape(count, num_kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
     scores = np.matmul(k_read[:, None], q[..., None])[..., 0]  # (K, H / K, R, L)
     scores[:, :, 0, offset + 1 :] = -np.inf
     for back in range(chunk + 1, local + 1):

@@ -29,8 +29,8 @@ def attention_map(model: Butterfly, ids: Tensor, layer: int) -> Tensor:
         raise ValueError(f"layer {layer}: there are 0 to {config.num_layers - 1}")
     if not config.causal:
         raise ValueError(f"routing {config.routing!r} is not causal: its last chunk has no partner before it")
-    if config.local_chunks:
-        raise ValueError(f"plot attention: draws two chunks, this model reads {config.local_chunks + 2}")
+    if local := config.local_of(layer):
+        raise ValueError(f"plot attention: draws two chunks, layer {layer} reads {local + 2}")
     seen: list[tuple[Tensor, Tensor | None, Any]] = []
     module = cast(Layer, model.layers[layer])
     hook = module.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0], inputs[1], inputs[2])))
