@@ -12,7 +12,7 @@ from butterfly_llm.cache import cache_nbytes
 from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.cli import main
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.extend import extend_levels, extend_ngrams
+from butterfly_llm.extend import extend_levels, extend_local, extend_ngrams
 from conftest import random_model
 
 SHAPES = {
@@ -192,3 +192,29 @@ def test_a_model_told_of_ngrams_writes_the_same_at_first(
         and said.count("\n") == 1
     )
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_model_given_local_chunks_keeps_its_parameters_and_the_first_chunk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = random_model(ButterflyConfig.preset("micro"))
+    near = extend_local(model, 3, 2)
+    assert near.config == dataclasses.replace(model.config, local_chunks=3, local_every=2)
+    ids = torch.randint(7, (2, 100), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(near(ids)[:, :16], model(ids)[:, :16])  # nothing lies before it
+    assert not torch.allclose(near(ids)[:, 16:], model(ids)[:, 16:], atol=1e-3)
+    save_model(model, tmp_path / "plain", dtype="float32")
+    options = ["--local-chunks", "3", "--local-every", "2", "--dtype", "float32", "--out"]
+    main(["export", str(tmp_path / "plain"), *options, str(tmp_path / "near")])
+    assert torch.equal(load_pretrained(tmp_path / "near")(ids), near(ids))
+    capsys.readouterr()
+    for source, asked, said in (
+        ("near", options, "the model reads 3 local chunks, and cannot be given 3"),
+        ("plain", ["--local-chunks", "0", "--out"], "the model reads 0 local chunks, and cannot be given 0"),
+        ("plain", ["--local-every", "2", "--out"], "--local-every says which layers read --local-chunks"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["export", str(tmp_path / source), *asked, str(tmp_path / "x")])
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()

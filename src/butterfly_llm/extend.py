@@ -77,6 +77,24 @@ def extend_ngrams(model: Butterfly, orders: tuple[int, ...]) -> Butterfly:
     return extended
 
 
+def extend_local(model: Butterfly, chunks: int, every: int = 1) -> Butterfly:
+    """A copy of `model` whose layers read chunks just before their own, on its device.
+
+    chunks and every: `ButterflyConfig.local_chunks` and `local_every`. The same parameters: what it writes
+    changes, a little (docs/training.md), until it is trained. ValueError for a model that has them already.
+    """
+    config = model.config
+    if config.local_chunks or chunks < 1:
+        raise ValueError(
+            f"extend: the model reads {config.local_chunks} local chunks, and cannot be given {chunks}"
+        )
+    with torch.device(model.embed.weight.device), torch.random.fork_rng(devices=[]):
+        extended = Butterfly(dataclasses.replace(config, local_chunks=chunks, local_every=every))
+    extended.load_state_dict(model.state_dict())
+    extended.compute_dtype = model.compute_dtype
+    return extended
+
+
 def _sources(config: ButterflyConfig, longer: ButterflyConfig) -> Iterator[tuple[int, tuple[int, bool]]]:
     """For each layer of the longer model the layer it continues, and whether it is new."""
     old = {(r.pass_index, r.level): r.index for r in routes_of(config) if r.stage == "butterfly"}

@@ -1,4 +1,4 @@
-"""`butterfly export`: a model in fewer bits, with more levels, or told of n-grams."""
+"""`butterfly export`: a model in fewer bits, or as one that reads more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Export:
-    """Write a model in fewer bits, with more levels or with n-grams: of a run, the finished or newest one."""
+    """Write a model in fewer bits, or as one that reads more: of a run, the finished or newest one."""
 
     model: tyro.conf.Positional[Path]
     """Folder of a run, a checkpoint or a model."""
@@ -26,6 +26,11 @@ class Export:
 
     ngram_orders: tuple[int, ...] = ()
     """Numbers n: what followed the last n characters becomes an input, of no effect until it is trained."""
+
+    local_chunks: int | None = None
+    """Chunks just before its own that every chunk reads too; what it writes changes a little."""
+    local_every: int = 1
+    """In every how manyth layer it reads them."""
 
     def run(self) -> None:
         from butterfly_llm import load_pretrained
@@ -42,5 +47,11 @@ class Export:
             from butterfly_llm.extend import extend_ngrams
 
             model = extend_ngrams(model, self.ngram_orders)
+        if self.local_chunks is not None:
+            from butterfly_llm.extend import extend_local
+
+            model = extend_local(model, self.local_chunks, self.local_every)
+        elif self.local_every != 1:
+            raise ValueError("export: --local-every says which layers read --local-chunks: give them too")
         save_model(model, self.out, dtype=self.dtype)
         print(self.out)
