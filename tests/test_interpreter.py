@@ -18,10 +18,11 @@ from conftest import CUDA, INTERPRETED
 pytest.importorskip("triton")
 
 FILES = (
-    ("test_triton_attention", "test_triton_step", "test_prefill", "test_feed_forward"),
-    ("test_triton_carry", "test_ngrams"),
-    ("test_fused_step",),
+    ("test_triton_attention",),
     ("test_persistent_step",),
+    ("test_fused_step",),
+    ("test_triton_step", "test_prefill", "test_feed_forward"),
+    ("test_triton_carry", "test_ngrams"),
 )
 
 
