@@ -280,6 +280,7 @@ def test_a_state_that_cannot_fit_is_refused_before_allocating(monkeypatch: pytes
         ({"num_extra_levels": 9}, "raise num_passes"),
         ({"local_chunks": 2, "local_every": 0}, "local_every must be at least 1, not 0"),
         ({"local_every": 2}, "local_every 2 must be 1 without local_chunks"),
+        ({"local_chunks": 1, "local_every": 99}, "local_every 99 is above the model's"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(change: dict[str, object], message: str) -> None:

@@ -159,7 +159,7 @@ def test_twins_warm_up_over_a_share_of_the_run(monkeypatch: pytest.MonkeyPatch, 
     rates = []
     assert peers.subject is not None
     monkeypatch.setattr(peers.subject.optimizers, "step", lambda rate, bad: rates.append(rate))
-    twins.train_twin(str(corpus), settings.to_dict(), True, 64, None, 0.5)
+    twins.train_twin(str(corpus), settings.to_dict(), True, 64, 0.5)
     assert rates[:9] == pytest.approx([2e-3 * (0.01 + i / 10) for i in range(9)])
     assert max(rates) == rates[10] < 2e-3 and rates[-1] < 3e-4  # it falls from 0.4 of the run on
 

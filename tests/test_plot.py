@@ -1,5 +1,6 @@
 """Figures: written whole, of the kind asked for, refused in one line."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -285,6 +286,21 @@ def test_twins_figure_shows_held_out_bits_by_time_and_by_characters(tmp_path, la
         labels
     )
     assert not any("Mamba" in label for label in labels)
+
+
+def test_twins_figure_shows_the_worst_as_well(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    rows = [
+        {"twin": name, "curve": [[1, 1, 5]], "bits_per_char": bits}
+        for name, bits in (("full", 4), ("window", 1))
+    ]
+    (tmp_path / "twins.json").write_text(json.dumps({"rows": rows}))
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(figure.axes[0].get_ylim()))
+    with contextlib.suppress(OSError):  # nothing is written
+        plot_twins(tmp_path / "twins.json", tmp_path / "twins.svg")
+    assert seen[0][0] < 1 and 4 < seen[0][1] < 5
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"rows": []}', '{"rows": [{"twin": "x"}]}', '{"rows": [1]}'])

@@ -125,6 +125,10 @@ class ButterflyConfig:
             raise ValueError(f"config: {self.max_levels} levels are above 24 (2 billion characters)")
         if not 1 <= self.num_layers <= _MAX_LAYERS:
             raise ValueError(f"config: the model has {self.num_layers} layers; give 1 to {_MAX_LAYERS}")
+        if self.local_every > self.num_layers:
+            raise ValueError(
+                f"config: local_every {self.local_every} is above the model's {self.num_layers} layers"
+            )
         if self.routing not in ("shift", "xor", "xor_causal"):
             raise ValueError(f"config: routing must be shift, xor or xor_causal, not {self.routing!r}")
         if self.feed_forward not in ("relu2", "swiglu"):

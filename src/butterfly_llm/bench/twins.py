@@ -49,8 +49,8 @@ def train_twin(
     settings: dict[str, Any],
     keep: bool,
     val_chars: int,
+    warmup: float,
     folder: str | None = None,
-    warmup: float = 0.0,
 ) -> dict[str, Any]:
     """Train what `prepare` made, by a TrainConfig, and say what came out.
 
@@ -277,7 +277,7 @@ def _outcome(
     if left < (options.seconds or 1):
         return {"failed": f"no time left of {options.within:.0f} s"}
     keep = settings.micro_chars <= options.micro
-    asked = options.corpus, settings.to_dict(), keep, options.val_chars, folder, options.warmup
+    asked = options.corpus, settings.to_dict(), keep, options.val_chars, options.warmup, folder
     found = worker.ask(left, "train_twin", *asked)
     return {"failed": found} if isinstance(found, str) else dict(found)
 
