@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.layers import Layer
@@ -138,11 +140,69 @@ def test_taps_mix_in_the_characters_just_before(ablation: ModuleType, twin: str,
 
 def test_latest_is_behind_where_the_last_characters_stood_before(ablation: ModuleType) -> None:
     texts = [b"abcabxabcab" + b"\0" * 9, bytes(torch.randint(3, (20,)).tolist())]
-    found = ablation.latest(torch.tensor([list(text) for text in texts]), 2)
+    found = ablation.latest(ablation.hashes(torch.tensor([list(text) for text in texts]), 2), 2)
     for text, row in zip(texts, found.tolist(), strict=True):
         for i, at in enumerate(row):
             earlier = text.rfind(text[i - 1 : i + 1], 0, i) if i else -1
             assert at == (earlier + 2 if earlier >= 0 else -1), (text, i)
+
+
+def test_contexts_tell_what_followed_the_latest_occurrences(ablation: ModuleType) -> None:
+    text = b"abcabxabcabyab" + bytes(torch.randint(3, (30,)).tolist())
+    found = ablation.Contexts(orders=[1, 2], ranks=3).followers(torch.tensor([list(text)]))[0].tolist()
+    for i, row in enumerate(found):
+        wanted = []
+        for order in (1, 2):
+            end = i
+            for _ in range(3):
+                end = text.rfind(text[i + 1 - order : i + 1], 0, end) + order - 1 if end >= order else -1
+                end = -1 if end < order - 1 else end
+                wanted.append(256 if end < 0 or i + 1 < order else text[end + 1])
+        assert row == wanted, i
+
+
+def test_contexts_of_words_do_not_see_what_stands_between(ablation: ModuleType) -> None:
+    text = b"the big cat, the rig can, the (big) cow; the-BIG cat and a big cat the big cat" + b" big co"
+    tokens = [(m.start(), m.end()) for m in re.finditer(rb"\w+|\W+", text)]
+
+    def context(i: int, count: int) -> tuple[bytes, ...]:
+        start = next(a for a, b in tokens if a <= i < b)
+        words = [text[a:b] for a, b in tokens if b <= start and text[a : a + 1].isalnum()]
+        return text[start : i + 1], *(words[-count:] if count else ())
+
+    found = ablation.Contexts(words=[0, 1, 2]).followers(torch.tensor([list(text)]))[0].tolist()
+    known = 0
+    for i, row in enumerate(found):
+        for count, followed in enumerate(row):
+            alike = [j for j in range(i) if context(j, count) == context(i, count)]
+            assert followed == (text[alike[-1] + 1] if alike else 256), (i, count)
+            known += bool(alike) and count == 2
+    assert known > 5
+
+
+def test_a_model_is_told_of_contexts_by_embeddings_of_zero(ablation: ModuleType) -> None:
+    plain = ablation.builder("butterfly", "powers", 0)(NANO)
+    contexts = ablation.Contexts(orders=[3, 4], ranks=2, words=[1])
+    model = ablation.builder("butterfly", "powers", 0, contexts=contexts)(NANO)
+    assert model.num_parameters() == plain.num_parameters() + 5 * 257 * 32
+    model.load_state_dict(plain.state_dict(), strict=False)
+    ids = torch.randint(256, (1, 60), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+    torch.testing.assert_close(model._embed(ids), plain._embed(ids))
+    assert model.ngram is not None
+    with torch.no_grad():
+        model.ngram.weight.normal_(generator=torch.Generator().manual_seed(1))
+    told, other = model._embed(ids), plain._embed(ids)
+    assert (told[0, 63:] - other[0, 63:]).abs().amax(1).min() > 1e-3  # what stood before is told
+    reference = ablation.builder("butterfly", "powers", 0)(dataclasses.replace(NANO, ngram_orders=(3, 4)))
+    reference.load_state_dict(plain.state_dict(), strict=False)
+    one = ablation.builder("butterfly", "powers", 0, contexts=ablation.Contexts(orders=[3, 4]))(NANO)
+    one.load_state_dict(reference.state_dict())
+    with torch.no_grad():
+        one.ngram.weight.copy_(model.ngram.weight[: 2 * 257])
+        reference.ngram.weight.copy_(model.ngram.weight[: 2 * 257])
+    torch.testing.assert_close(
+        one._embed(ids), reference._embed(ids)
+    )  # one rank of each n: what the model itself has
 
 
 def test_a_layer_that_looks_reads_behind_where_the_text_stood_before(ablation: ModuleType) -> None:
@@ -150,6 +210,7 @@ def test_a_layer_that_looks_reads_behind_where_the_text_stood_before(ablation: M
     model = ablation.builder("butterfly", "powers", 0, looks=(4,))(NANO)
     assert model.num_parameters() == plain.num_parameters() + 4 * 32 * 32 + 32
     assert [i for i, layer in enumerate(model.layers) if isinstance(layer, ablation.Lookup)] == [4]
+    nn.init.normal_(plain.head.weight)
     model.load_state_dict(plain.state_dict(), strict=False)
     ids = torch.arange(200).repeat(2)[None]  # all that stood before stood 200 characters before
     layer, x = model.layers[4], torch.randn(1, 400, 32, generator=torch.Generator().manual_seed(0))
@@ -212,6 +273,8 @@ def test_variants_are_trained_and_asked(
         ("x:strides='random',twin='full'", "a butterfly has one of powers, "),
         ("x:taps=true,twin='mamba2'", "no taps for mamba2"),
         ("x:looks=[3],twin='full'", "no looks for full"),
+        ("x:ngram_orders=[3],contexts={orders=[3]}", "no contexts beside looks or ngram_orders"),
+        ("x:contexts={order=[3]}", "no contexts order: there are orders, ranks, words"),
         ("x:looks=[99]", "no looks [99]: there are layers 0 to 13"),
         ("x:attends='all'", "a butterfly has one of partner, heads, partner and before"),
         ("x:ngram_orders=[3, 2]", "ngram_orders must be rising whole numbers from 1 to 63, not [3, 2]"),
