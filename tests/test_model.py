@@ -278,6 +278,7 @@ def test_a_state_that_cannot_fit_is_refused_before_allocating(monkeypatch: pytes
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"routing": "ring"}, "routing must be"),
         ({"num_extra_levels": 9}, "raise num_passes"),
+        ({"local_chunks": 65}, "local_chunks 65 must be at most 64, 0 for routing xor"),
         ({"local_chunks": 2, "local_every": 0}, "local_every must be at least 1, not 0"),
         ({"local_every": 2}, "local_every 2 must be 1 without local_chunks"),
         ({"local_chunks": 1, "local_every": 99}, "local_every 99 is above the model's"),

@@ -70,6 +70,7 @@ CASES = [
     Case("shift", 112, 16, 2, local=3, theta=None),
     Case("shift", 100, 16, 4, heads=2, kv_heads=2, local=2),
     Case("shift", 40, 16, 1 << 40, local=1),
+    Case("shift", 170, 16, 10, local=9),
     Case("xor_causal", 64, 16, 2, heads=2, kv_heads=2, local=1),
 ]
 NAMES = [

@@ -58,7 +58,17 @@ def one_by_one(
 @pytest.mark.parametrize("topology", ["shift", "xor_causal"])
 @pytest.mark.parametrize(
     "stride, slots, local",
-    [(1, 2, 0), (4, 5, 0), (4, 2, 0), (1 << 40, 2, 0), (1, 2, 1), (4, 5, 1), (4, 4, 2), (2, 4, 3)],
+    [
+        (1, 2, 0),
+        (4, 5, 0),
+        (4, 2, 0),
+        (1 << 40, 2, 0),
+        (1, 2, 1),
+        (4, 5, 1),
+        (4, 4, 2),
+        (2, 4, 3),
+        (16, 17, 11),
+    ],
 )
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_streams_at_different_positions(

@@ -108,9 +108,9 @@ class ButterflyConfig:
                 f"config: {self.num_long_passes} long passes of {self.num_long_levels} levels: give both 0, "
                 f"or more levels than num_levels {self.num_levels}"
             )
-        if self.local_chunks > 8 or (self.local_chunks and self.routing == "xor"):
+        if self.local_chunks > _MAX_LOCAL or (self.local_chunks and self.routing == "xor"):
             raise ValueError(
-                f"config: local_chunks {self.local_chunks} must be at most 8, and 0 for routing xor"
+                f"config: local_chunks {self.local_chunks} must be at most {_MAX_LOCAL}, 0 for routing xor"
             )
         if self.local_every > 1 and not self.local_chunks:
             raise ValueError(f"config: local_every {self.local_every} must be 1 without local_chunks")
@@ -228,6 +228,7 @@ def _orders(orders: Any) -> tuple[int, ...]:
 # Far beyond any model, and small enough that refusing one takes neither time nor memory.
 _MAX_SIZE = 2**20
 _MAX_LAYERS = 512
+_MAX_LOCAL = 64
 _MAY_BE_ZERO = frozenset({
     "num_local_layers", "num_passes", "num_extra_levels", "num_long_passes", "num_long_levels",
     "num_refine_layers", "local_chunks", "carry_size", "carry_heads",

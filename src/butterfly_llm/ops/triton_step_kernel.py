@@ -103,7 +103,7 @@ def step_kernel(
         wb = tl.exp2(sb - top)
         o = tl.sum(wa[:, None] * va + wb[:, None] * vb, 0)
         total = tl.sum(wa, 0) + tl.sum(wb, 0)
-        for near in tl.static_range(1, LOCAL + 1):
+        for near in range(1, LOCAL + 1):
             last_n = tl.where(chunk >= near, CHUNK, 0)
             in_ring = ((kv_head * slots).to(tl.int64) + (chunk + slots - near) % slots) * (CHUNK * D)
             qn1, qn2 = _turned_row(q_row, table_ptr, offset + near * CHUNK, ENTRIES, HALF, ROTATE)
