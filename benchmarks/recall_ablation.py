@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import tempfile
@@ -217,19 +218,27 @@ class Contexts:
         )
 
 
+@functools.cache
+def word_tables(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Which characters words are made of (256,), and of an odd factor the powers 1 .. length, and their
+    inverses."""
+    letters = torch.zeros(256, dtype=torch.bool)
+    letters[[*range(48, 58), *range(65, 91), 95, *range(97, 123), *range(128, 256)]] = True
+    factor = 0x5851F42D4C957F2D
+    powers, inverse = (
+        torch.from_numpy(np.cumprod(np.full(length, f, np.uint64)).view(np.int64))
+        for f in (factor, pow(factor, -1, 1 << 64))
+    )
+    return letters.to(device), powers.to(device), inverse.to(device)
+
+
 def word_keys(ids: Tensor, words: Sequence[int]) -> list[Tensor]:
     """ids (B, N) int64 -> for each W (B, N) int64: of the token so far and the W words before it."""
-    letters = torch.zeros(256, dtype=torch.bool, device=ids.device)
-    letters[[*range(48, 58), *range(65, 91), 95, *range(97, 123), *range(128, 256)]] = True
+    letters, powers, inverse = word_tables(ids.shape[1], ids.device)
     is_word, here = letters[ids], torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     starts = F.pad(is_word[:, 1:] != is_word[:, :-1], (1, 0), value=True)
     start = torch.where(starts, here, 0).cummax(1).values  # of the token that each is in
     # The hash of characters a..b is the difference of two sums, brought to one power of the odd factor.
-    factor = 0x5851F42D4C957F2D
-    powers, inverse = (
-        torch.from_numpy(np.cumprod(np.full(ids.shape[1], f, np.uint64)).view(np.int64)).to(ids.device)
-        for f in (factor, pow(factor, -1, 1 << 64))
-    )
     sums = F.pad(((ids + 1) * powers).cumsum(1), (1, 0))
 
     def hashed(first: Tensor, last: Tensor) -> Tensor:
