@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +28,31 @@ kernels = pytest.mark.skipif(
     triton_attention.status() != "available", reason="no GPU and no interpreter here"
 )
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker keeps one core busy, with the processes that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
 
 
+# With -n these files come first, test by test, so that no long one is left to the end; of the others a worker
+# takes each as a whole, since its tests share models.
+LONGEST = ("test_interpreter.py", "test_relay.py", "test_train.py", "test_triton_cards.py", "test_model.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.rpartition("/")[2] in LONGEST else file
+
+    config.option.loadscopereorder = False  # the order of the tests, as sorted below
+    return Files(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: [*LONGEST, item.path.name].index(item.path.name))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
