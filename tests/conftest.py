@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +28,54 @@ kernels = pytest.mark.skipif(
     triton_attention.status() != "available", reason="no GPU and no interpreter here"
 )
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker keeps one core busy, with the processes that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
 
 
+def patch_once() -> None:
+    """Triton's interpreter rewrites its language again at each call of a helper, a quarter of its time."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    done: set[tuple[bool, bool]] = set()
+
+    def patched(fn: Callable[..., object]) -> interpreter._LangPatchScope:
+        seen = fn.__globals__.values()
+        which = (any(x is language for x in seen), any(x is language.core for x in seen))
+        if which not in done:
+            patch(fn)  # never undone: in this process every kernel is interpreted
+            done.add(which)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patched
+
+
+if INTERPRETED and triton_attention.status() == "available":
+    patch_once()
+
+
+# With -n these files come first, test by test, so that no long one is left to the end; of the others a worker
+# takes each as a whole, since its tests share models.
+LONGEST = ("test_interpreter.py", "test_relay.py", "test_train.py", "test_triton_cards.py", "test_model.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.rpartition("/")[2] in LONGEST else file
+
+    config.option.loadscopereorder = False  # the order of the tests, as sorted below
+    return Files(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: [*LONGEST, item.path.name].index(item.path.name))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

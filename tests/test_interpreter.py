@@ -6,10 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,24 +26,17 @@ FILES = (
 def run(names: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     files = [str(Path(__file__).with_name(f"{name}.py")) for name in names]
     command = [sys.executable, "-m", "pytest", *files, "-m", "not gpu", "-p", "no:cacheprovider"]
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {
+        "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)
     }  # fmt: skip
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, ...], Future[Any]]]:
-    """Those that were asked for, two side by side: each keeps one core busy."""
-    asked = [item.callspec.params["names"] for item in request.session.items if item.path == Path(__file__)]  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(2) as pool:
-        yield {names: pool.submit(run, names) for names in asked}
-
-
 @pytest.mark.skipif(INTERPRETED or CUDA, reason="runs natively, or is the run itself")
 @pytest.mark.parametrize("names", FILES, ids="-".join)
-def test_under_the_interpreter(names: tuple[str, ...], runs: dict[tuple[str, ...], Future[Any]]) -> None:
-    found = runs[names].result()
+def test_under_the_interpreter(names: tuple[str, ...]) -> None:
+    found = run(names)
     summary = found.stdout[-4000:] + found.stderr[-2000:]
     assert found.returncode == 0, summary
     assert re.search(r"\d+ passed", found.stdout) and "skipped" not in found.stdout, summary
