@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import tempfile
 import time
 import tomllib
@@ -41,6 +40,7 @@ from butterfly_llm import ngrams, twins
 from butterfly_llm.bench.twins import held_out
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
+from butterfly_llm.curriculum import growing
 from butterfly_llm.layers import Layer
 from butterfly_llm.model import Butterfly
 from butterfly_llm.modules import Linear, RMSNorm
@@ -347,12 +347,6 @@ def builder(
         return model
 
     return build
-
-
-def growing(first: int, last: int) -> list[tuple[float, int]]:
-    """Stages of a run (until which progress, characters): doubling in equal parts of its first half."""
-    doublings = max(0, math.ceil(math.log2(last / first)))
-    return [(0.5 * (i + 1) / doublings, first << i) for i in range(doublings)] + [(1.0, last)]
 
 
 def main() -> None:

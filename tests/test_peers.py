@@ -164,6 +164,27 @@ def test_twins_warm_up_over_a_share_of_the_run(monkeypatch: pytest.MonkeyPatch, 
     assert max(rates) == rates[10] < 2e-3 and rates[-1] < 3e-4  # it falls from 0.4 of the run on
 
 
+def test_twins_windows_grow_until_half_of_the_run(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+    parser = argparse.ArgumentParser()
+    twins.add_options(parser)
+    asked = "x --preset micro --length 64 --grow 16 --batch 256 --micro 128 --chars 2048 --val-chars 64"
+    settings = twins.settings_of(parser.parse_args(asked.split()))
+    peers.prepare("window", MICRO.to_dict(), "cpu", False, False, 0)
+    seen: list[tuple[int, ...]] = []
+
+    def accumulate(model: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append((*ids.shape,))
+        return original(model, ids, *rest)
+
+    original = twins.accumulate
+    monkeypatch.setattr(twins, "accumulate", accumulate)
+    row = twins.train_twin(str(corpus), settings.to_dict(), True, 64, 0.1)
+    ahead, run = seen[:3], seen[3:]
+    assert ahead == [(2, 64), (4, 32), (8, 16)]  # what is compiled for a length is compiled before the clock
+    assert run == [(8, 16)] * 4 + [(4, 32)] * 4 + [(2, 64)] * 8  # two passes a step
+    assert [place["stop"] for place in row["buckets"]] == [64] and row["chars"] == 2048
+
+
 def test_held_out_bits_are_those_of_the_model(corpus: Path) -> None:
     model, val = random_model(MICRO), Corpus(corpus, "val")
     found = twins.held_out(model, val, 300, 600, 2)
@@ -183,6 +204,8 @@ def test_held_out_bits_are_those_of_the_model(corpus: Path) -> None:
         ("--seconds 1 --chars 9", "give either --seconds or --chars"),
         ("--chars 999 --length 100 --batch 250", "--length 100 does not divide --batch 250"),
         ("--chars 999 --warmup 2", "--warmup 2.0 must be a share from 0 to 1"),
+        ("--chars 999 --grow 3000", "--grow 3000 must be --length 16384, or that halved some times"),
+        ("--chars 999 --grow 0", "--grow 0 must be --length 16384, or that halved some times"),
         ("--chars 999 --length 0", "--length, --batch, --micro and --val-chars must be at least 1"),
         ("--chars 999 --length 1000000 --batch 1000000", "a window needs 1,000,001"),
     ],

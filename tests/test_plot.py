@@ -279,12 +279,13 @@ def test_twins_figure_shows_held_out_bits_by_time_and_by_characters(tmp_path, la
         {"twin": "full", "curve": curve, "bits_per_char": 1.5},
         {"twin": "mamba2", "failed": "out of memory"},
     ]
-    file = tmp_path / "twins.json"
+    file, near = tmp_path / "twins.json", tmp_path / "near.json"
     file.write_text(json.dumps({"rows": rows}))
-    plot_twins(file, tmp_path / "twins.svg")
-    assert {"butterfly: 1.250", "full attention: 1.500", "seconds trained", "characters trained"} <= set(
-        labels
-    )
+    rows[0] |= {"bits_per_char": 1.75}
+    near.write_text(json.dumps({"rows": rows[:1], "local_chunks": 7}))
+    plot_twins([file, near], tmp_path / "twins.svg")
+    wanted = {"butterfly: 1.250", "butterfly, 7 local chunks: 1.750", "full attention: 1.500"}
+    assert wanted | {"seconds trained", "characters trained"} <= set(labels)
     assert not any("Mamba" in label for label in labels)
 
 
@@ -299,14 +300,14 @@ def test_twins_figure_shows_the_worst_as_well(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: seen.append(figure.axes[0].get_ylim()))
     with contextlib.suppress(OSError):  # nothing is written
-        plot_twins(tmp_path / "twins.json", tmp_path / "twins.svg")
+        plot_twins([tmp_path / "twins.json"], tmp_path / "twins.svg")
     assert seen[0][0] < 1 and 4 < seen[0][1] < 5
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"rows": []}', '{"rows": [{"twin": "x"}]}', '{"rows": [1]}'])
 def test_comparisons_that_are_none_are_refused(tmp_path, text):
     refuses(plot_peers, tmp_path, text, "the output of butterfly bench peers")
-    refuses(lambda paths, out: plot_twins(*paths, out), tmp_path, text, "the output of butterfly bench twins")
+    refuses(plot_twins, tmp_path, text, "the output of butterfly bench twins")
 
 
 @pytest.mark.parametrize(

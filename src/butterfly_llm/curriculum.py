@@ -1,4 +1,5 @@
-"""Facts to be recalled, planted into the windows of a training run: near ones first, then farther ones.
+"""Facts to be recalled, planted into the windows of a training run: near ones first, then farther ones; and
+windows that are short at first.
 
 The lines are those of `recall`, `#KEY ab=12` and `#GET ab=12`; values can be longer, 4 to 32 hexadecimal
 digits, each of which has to be relayed. A window is cut into slots of 64 characters; a random choice of them
@@ -8,6 +9,7 @@ random: the size of the groups is what bounds the distance from a fact to its qu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -22,6 +24,13 @@ _DIGITS = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
 _KEYS = 26 * 26
 NEAREST = 256  # characters; the reach at the start of a run
 MOST_PAIRS = 128  # in a window: as many as a chunk of the shipped models has lanes to keep them in
+
+
+def growing(first: int, last: int) -> tuple[tuple[float, int], ...]:
+    """`TrainConfig.lengths` of a run whose windows grow from `first` characters to `last`, doubling in equal
+    parts of its first half."""
+    doublings = max(0, math.ceil(math.log2(last / first)))
+    return (*((0.5 * (i + 1) / doublings, first << i) for i in range(doublings)), (1.0, last))
 
 
 def curriculum(

@@ -4,8 +4,9 @@
     butterfly bench twins CORPUS --chars 50_000_000 --twins butterfly window full   # equal characters
 
 CORPUS is a folder made by `butterfly prepare`. All see the same windows in the same order, with the same
-optimiser and learning rates; batches are of `--batch` characters. The clock runs for training alone: to
-compile and tune kernels comes before, in a process for each architecture, and counts for none of them.
+optimiser and learning rates; batches are of `--batch` characters. With --grow windows are short at first and
+whole from half of the run, which those that read far need. The clock runs for training alone: to compile and
+tune kernels comes before, in a process for each architecture, and counts for none of them.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from butterfly_llm.captured import Accumulate, CapturedLoss, accumulate
 from butterfly_llm.checkpoint import save_model
 from butterfly_llm.config import TrainConfig
 from butterfly_llm.corpus import Corpus, check_length, sample_windows, val_windows
+from butterfly_llm.curriculum import growing
 from butterfly_llm.evaluate import BUCKETS
 from butterfly_llm.memory import pick_device
 from butterfly_llm.model import Butterfly
-from butterfly_llm.optim import learning_rate, progress_at
+from butterfly_llm.optim import learning_rate, length_at, progress_at
 from butterfly_llm.twins import TWINS, Twin
 
 MODULE = "butterfly_llm.bench.twins"
@@ -61,26 +63,31 @@ def train_twin(
     subject = peers.subject
     assert subject is not None
     config = TrainConfig.from_dict(settings)
-    model, length = subject.model, config.lengths[0][1]
+    model, longest = subject.model, config.lengths[-1][1]
     train, val = Corpus(corpus, "train"), Corpus(corpus, "val")
-    windows = config.micro_windows(length)
-    parts = config.windows(length) // windows
 
-    def batch(step: int, part: int) -> tuple[Tensor, Tensor]:
+    def batch(step: int, part: int, length: int) -> tuple[Tensor, Tensor]:
         """ids and targets (windows, length) on the device."""
+        windows = config.micro_windows(length)
         text = sample_windows(
             train, length=length, count=windows, seed=config.seed, step=step, first=part * windows
         )
         return _on(subject.device, torch.from_numpy(text))
 
-    gradients, row = _first_pass(subject, batch(0, 0), keep)
+    gradients, row = _first_pass(subject, batch(0, 0, longest), keep)
+    for _, length in config.lengths[-2::-1]:  # the shortest last, with which the run begins
+        if isinstance(gradients, CapturedLoss):
+            gradients.release()
+        gradients, _ = _first_pass(subject, batch(0, 0, length), keep and row["recompute"] == "none")
     bad = torch.zeros((), dtype=torch.bool, device=subject.device)
     curve: list[tuple[float, float]] = []  # seconds, bits per character of each step
     step, skipped, begun = 0, 0, subject.clock()
     while (progress := progress_at(step, subject.clock() - begun, config)) < 1:
         loss = torch.zeros((), device=subject.device)
+        length = length_at(progress, config)
+        parts = config.windows(length) // config.micro_windows(length)
         for part in range(parts):
-            loss += gradients(*batch(step, part), None, 1 / parts)
+            loss += gradients(*batch(step, part, length), None, 1 / parts)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm, foreach=True)
         bad = ~(loss.isfinite() & norm.isfinite())
         warm = min(1.0, 0.01 + progress / warmup) if warmup else 1.0
@@ -108,7 +115,7 @@ def train_twin(
             for i, (at, bits) in enumerate(curve)
             if (i + 1) % every == 0
         ],
-        **held_out(model, val, length, val_chars, windows),
+        **held_out(model, val, longest, val_chars, config.micro_windows(longest)),
     }
 
 
@@ -179,6 +186,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="training time of each")
     parser.add_argument("--chars", type=int, help="characters that each is trained on")
     parser.add_argument("--length", type=int, default=16_384, help="characters in a window")
+    parser.add_argument(
+        "--grow", type=int, metavar="CHARS", help="windows this long at first, whole from half of the run"
+    )
     parser.add_argument("--batch", type=int, default=131_072, help="characters in a step")
     parser.add_argument("--micro", type=int, default=65_536, help="characters in a pass, at most")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
@@ -197,13 +207,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(options: argparse.Namespace) -> TrainConfig:
-    """One window length, linear decay over the last 60%; ValueError where the numbers do not fit."""
+    """Linear decay over the last 60%; ValueError where the numbers do not fit."""
     if (options.seconds is None) == (options.chars is None):
         raise ValueError("bench twins: give either --seconds or --chars")
     if min(options.length, options.batch, options.micro, options.val_chars) < 1:
         raise ValueError("bench twins: --length, --batch, --micro and --val-chars must be at least 1")
     if not 0 <= options.warmup <= 1:
         raise ValueError(f"bench twins: --warmup {options.warmup} must be a share from 0 to 1")
+    first = options.length if options.grow is None else options.grow
+    if first < 1 or options.length % first or (options.length // first).bit_count() != 1:
+        raise ValueError(
+            f"bench twins: --grow {first} must be --length {options.length}, or that halved some times"
+        )
     windows = max(1, options.micro // options.length)
     while options.batch % (windows * options.length):
         if windows == 1:
@@ -217,7 +232,7 @@ def settings_of(options: argparse.Namespace) -> TrainConfig:
         finish_seconds=0,
         batch_chars=options.batch,
         micro_chars=windows * options.length,
-        lengths=((1.0, options.length),),
+        lengths=growing(first, options.length),
         learning_rate=options.rate,
         warmup_steps=0,
         decay="linear",
@@ -245,6 +260,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "local_chunks": config.local_chunks,
         "local_every": config.local_every,
         "length": options.length,
+        "grow": options.grow,
         "warmup": options.warmup,
         "train": settings.to_dict(),
         "rows": [],

@@ -58,7 +58,7 @@ class Plot:
                 "recall": "of what? give outputs of butterfly eval recall --json",
                 "scaling": "of what? give outputs of butterfly bench",
                 "peers": "of what? give outputs of butterfly bench peers",
-                "twins": "of what? give the output of butterfly bench twins",
+                "twins": "of what? give outputs of butterfly bench twins",
                 "kernels": "of what? give the output of butterfly bench ops",
             }
             raise ValueError(f"plot {self.figure}: {what[self.figure]}")
@@ -70,10 +70,10 @@ class Plot:
             results.plot_scaling(self.sources, self.out)
         elif self.figure == "peers":
             peers.plot_peers(self.sources, self.out)
+        elif self.figure == "twins":
+            peers.plot_twins(self.sources, self.out)
         elif len(self.sources) > 1:
             raise ValueError(f"plot {self.figure}: one run at a time")
-        elif self.figure == "twins":
-            peers.plot_twins(self.sources[0], self.out)
         elif self.figure == "kernels":
             kernels.plot_kernels(self.sources[0], self.out)
         else:

@@ -56,21 +56,23 @@ def plot_peers(benchmarks: Sequence[str | Path], path: str | Path) -> None:
         figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
 
 
-def plot_twins(benchmark: str | Path, path: str | Path) -> None:
+def plot_twins(benchmarks: Sequence[str | Path], path: str | Path) -> None:
     """Draw bits per character in training against seconds and against characters, and on held-out text.
 
-    benchmark: the output of `butterfly bench twins`. Raises as `plot_loss` does.
+    benchmarks: outputs of `butterfly bench twins`. Raises as `plot_loss` does.
     """
-    rows = _read_twins(Path(benchmark))
+    rows = [row for benchmark in benchmarks for row in _read_twins(Path(benchmark))]
+    lines = {name: iter(("-", "--", ":", "-.") * len(rows)) for name in NAMES}
+    styles = [next(lines[row["twin"]]) for row in rows]
     with new_figure(path, width=7.8, height=3.9) as figure:
         figure.set_layout_engine("constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, column, label in zip(panels, (1, 0), ("seconds", "characters"), strict=True):
-            for row in rows:
+            for row, style in zip(rows, styles, strict=True):
                 colour, curve = _COLOURS[row["twin"]], row["curve"]
                 at, bits = [point[column] for point in curve], [point[2] for point in curve]
-                name = f"{NAMES[row['twin']]}: {row['bits_per_char']:.3f}"
-                axes.plot(at, smooth(bits), color=colour, linewidth=1.6, label=name)
+                name = f"{row['name']}: {row['bits_per_char']:.3f}"
+                axes.plot(at, smooth(bits), style, color=colour, linewidth=1.6, label=name)
                 axes.plot(at[-1], row["bits_per_char"], "o", color=colour, markersize=5)
             axes.set_xlabel(f"{label} trained")
             axes.xaxis.set_major_formatter(lambda value, at: engineering(value))
@@ -120,10 +122,14 @@ def _read_peers(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_twins(path: Path) -> list[dict[str, Any]]:
-    """The rows that are no failures; ValueError where there is none."""
+    """The rows that are no failures, each with a `name`; ValueError where there is none."""
     try:
-        rows = [row for row in last_object(path)["rows"] if "failed" not in row]
+        result = last_object(path)
+        rows = [row for row in result["rows"] if "failed" not in row]
         for row in rows:
+            row["name"] = NAMES.get(row["twin"])
+            if row["twin"] == "butterfly" and (local := result.get("local_chunks")):
+                row["name"] += f", {local} local chunks"
             if row["twin"] not in NAMES or not row["curve"] or not row["bits_per_char"] > 0:
                 raise ValueError("a row without twin, curve or bits")
         if not rows:
