@@ -278,6 +278,7 @@ def test_twins_figure_shows_held_out_bits_by_time_and_by_characters(tmp_path, la
         {"twin": "butterfly", "curve": curve, "bits_per_char": 1.25},
         {"twin": "full", "curve": curve, "bits_per_char": 1.5},
         {"twin": "mamba2", "failed": "out of memory"},
+        {"twin": "full+n-grams", "curve": curve, "bits_per_char": 1.4},
     ]
     file, near = tmp_path / "twins.json", tmp_path / "near.json"
     file.write_text(json.dumps({"rows": rows}))
@@ -285,6 +286,7 @@ def test_twins_figure_shows_held_out_bits_by_time_and_by_characters(tmp_path, la
     near.write_text(json.dumps({"rows": rows[:1], "local_chunks": 7}))
     plot_twins([file, near], tmp_path / "twins.svg")
     wanted = {"butterfly: 1.250", "butterfly, 7 local chunks: 1.750", "full attention: 1.500"}
+    wanted |= {"full attention, n-grams: 1.400"}
     assert wanted | {"seconds trained", "characters trained"} <= set(labels)
     assert not any("Mamba" in label for label in labels)
 

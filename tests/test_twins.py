@@ -18,8 +18,8 @@ from butterfly_llm.model import Butterfly
 from butterfly_llm.ops.rope import rope_table, rotate
 from butterfly_llm.recall import evaluate_recall
 from butterfly_llm.twins import (
+    RECURRENT,
     ROPE_THETA,
-    TWINS,
     FullAttention,
     FullLayer,
     _two_warps_on_hopper,
@@ -46,7 +46,7 @@ def filled(name: str, **changes: int) -> Butterfly:
 
 
 @pytest.mark.parametrize("preset", ["micro", "tiny", "small", "full"])
-@pytest.mark.parametrize("name", [*HERE, *(pytest.param(n, marks=needs_fla) for n in TWINS[3:])])
+@pytest.mark.parametrize("name", [*HERE, *(pytest.param(n, marks=needs_fla) for n in RECURRENT)])
 def test_a_twin_has_the_parameters_and_depth_of_the_model(name: str, preset: str) -> None:
     config = ButterflyConfig.preset(preset)
     with torch.device("meta"):
@@ -54,6 +54,19 @@ def test_a_twin_has_the_parameters_and_depth_of_the_model(name: str, preset: str
     assert theirs.num_parameters() == pytest.approx(ours.num_parameters(), rel=0.02)
     assert len(theirs.layers) == config.num_layers
     assert theirs.config.chunk_size == config.chunk_size
+
+
+@pytest.mark.parametrize("name", ["window+n-grams", "full+n-grams"])
+def test_a_twin_is_told_of_n_grams_where_its_name_says_so(name: str) -> None:
+    told = dataclasses.replace(MICRO, ngram_orders=(2, 3), ngram_slots=1024)
+    model, plain = twin(name, told), twin(name.removesuffix("+n-grams"), told)
+    assert type(model) is type(plain) and plain.ngram is None and plain.config.ngram_orders == ()
+    assert model.ngram is not None and model.config.ngram_orders == (2, 3)
+    assert model.config.rope_theta == plain.config.rope_theta
+    ours = Butterfly(told).num_parameters()
+    assert model.num_parameters() == pytest.approx(ours, rel=0.02)
+    with pytest.raises(ValueError, match="the model has no ngram_orders"):
+        twin(name, dataclasses.replace(MICRO, ngram_orders=()))
 
 
 def test_a_twin_reads_no_local_chunks() -> None:
@@ -178,7 +191,7 @@ def test_kernels_that_triton_miscompiles_run_with_two_warps(
 
 @needs_fla
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", TWINS[3:])
+@pytest.mark.parametrize("name", RECURRENT)
 def test_the_kernels_of_a_recurrent_twin_have_right_gradients(name: str) -> None:
     errors = kernel_error(name, "cuda", torch.bfloat16)
     assert max(errors.values()) < 0.05, errors

@@ -5,6 +5,7 @@
 - full:            causal attention to everything before, rotary positions over the whole sequence.
 - gated-deltanet:  `fla.layers.GatedDeltaNet`, a recurrent state with the gated delta rule (CUDA).
 - mamba2:          `fla.layers.Mamba2`, a recurrent state with one decay a head (CUDA).
+- window+n-grams, full+n-grams: told what followed before, as the Butterfly is (`ngrams.py`).
 
 Depth, width, norms, loss and the form of the feed-forward layer are the same in all; only what mixes
 characters differs, and the feed-forward layer is as wide as makes the parameters agree.
@@ -35,14 +36,17 @@ from butterfly_llm.ops.feed_forward import relu2_feed_forward, takes
 from butterfly_llm.ops.rope import Angles, position_table
 
 RECURRENT = ("gated-deltanet", "mamba2")
-TWINS = ("butterfly", "window", "full", *RECURRENT)
+PLAIN = ("butterfly", "window", "full", *RECURRENT)
+_TOLD = "+n-grams"
+TWINS = (*PLAIN, "window" + _TOLD, "full" + _TOLD)
 ROPE_THETA = 500_000.0  # of the full-attention twin: pairs turn slowly enough for 100,000s of characters
 
 
 def twin(name: str, config: ButterflyConfig) -> Butterfly:
     """An untrained model of the kind `name` with the parameters of Butterfly(config), to about 1%.
 
-    ValueError for an unknown name, ModuleNotFoundError where flash-linear-attention is missing.
+    ValueError for an unknown name and for n-grams that the Butterfly has not, ModuleNotFoundError where
+    flash-linear-attention is missing.
     """
     return build(name, twin_config(name, config))
 
@@ -53,13 +57,17 @@ def twin_config(name: str, config: ButterflyConfig) -> ButterflyConfig:
         raise ValueError(f"unknown twin {name!r}: there are {', '.join(TWINS)}")
     if name == "butterfly":
         return config
+    told = name.endswith(_TOLD)
+    if told and not config.ngram_orders:
+        raise ValueError(f"no twin {name}: the model has no ngram_orders")
     with torch.device("meta"):
         target = Butterfly(config).num_parameters()
     # No butterfly layers and no carry: strides and passes mean nothing to a twin.
     plain = dataclasses.replace(
         config, num_local_layers=config.num_layers, num_passes=0, num_extra_levels=0, num_long_passes=0,
         num_long_levels=0, num_refine_layers=0, local_chunks=0, local_every=1, carry_size=0,
-        routing="shift", ngram_orders=(), rope_theta=ROPE_THETA if name == "full" else config.rope_theta,
+        routing="shift", ngram_orders=config.ngram_orders if told else (),
+        rope_theta=ROPE_THETA if name.startswith("full") else config.rope_theta,
     )  # fmt: skip
 
     def count(width: int) -> int:
@@ -79,7 +87,7 @@ def twin_config(name: str, config: ButterflyConfig) -> ButterflyConfig:
 
 def build(name: str, config: ButterflyConfig) -> Butterfly:
     """The architecture `name` with exactly the sizes in `config`."""
-    if name == "full":
+    if name.removesuffix(_TOLD) == "full":
         return FullAttention(config)
     if name in _MIXERS:
         return Recurrent(config, _MIXERS[name])

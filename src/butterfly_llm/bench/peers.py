@@ -38,7 +38,7 @@ from butterfly_llm.decode import Decoder
 from butterfly_llm.memory import pick_device
 from butterfly_llm.optim import Optimizers
 from butterfly_llm.recompute import Recompute
-from butterfly_llm.twins import RECURRENT, TWINS, FullAttention, build, kernel_error, twin_config
+from butterfly_llm.twins import PLAIN, RECURRENT, FullAttention, build, kernel_error, twin_config
 
 MODULE = "butterfly_llm.bench.peers"  # by name: run with -m this file is __main__
 LENGTHS = (8192, 65_536, 262_144, 1_048_576)
@@ -316,7 +316,7 @@ def expected_seconds(name: str, last: dict[str, Any] | None, length: int, chars:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_preset_options(parser, "small")  # whose parameters all have
-    parser.add_argument("--twins", nargs="+", choices=TWINS, default=TWINS, help="architectures")
+    parser.add_argument("--twins", nargs="+", choices=PLAIN, default=PLAIN, help="architectures")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS[:2], dest="tasks")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="characters in a window")
     parser.add_argument("--chars", type=int, default=65_536, help="characters side by side in short windows")

@@ -37,7 +37,7 @@ from butterfly_llm.evaluate import BUCKETS
 from butterfly_llm.memory import pick_device
 from butterfly_llm.model import Butterfly
 from butterfly_llm.optim import learning_rate, length_at, progress_at
-from butterfly_llm.twins import TWINS, Twin
+from butterfly_llm.twins import PLAIN, TWINS, Twin
 
 MODULE = "butterfly_llm.bench.twins"
 _LOGITS_SLICE = 16_384  # rows whose log-probabilities are made at once
@@ -182,7 +182,7 @@ def _on(device: str, text: Tensor) -> tuple[Tensor, Tensor]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", help="folder made by butterfly prepare")
     add_preset_options(parser, "small")  # whose parameters all have
-    parser.add_argument("--twins", nargs="+", choices=TWINS, default=TWINS, help="architectures")
+    parser.add_argument("--twins", nargs="+", choices=TWINS, default=PLAIN, help="architectures")
     parser.add_argument("--seconds", type=float, help="training time of each")
     parser.add_argument("--chars", type=int, help="characters that each is trained on")
     parser.add_argument("--length", type=int, default=16_384, help="characters in a window")

@@ -16,8 +16,11 @@ NAMES = {
     "full": "full attention",
     "gated-deltanet": "Gated DeltaNet",
     "mamba2": "Mamba-2",
+    "window+n-grams": "window, n-grams",
+    "full+n-grams": "full attention, n-grams",
 }
 _COLOURS = {"butterfly": BLUE, "window": GREY, "full": ORANGE, "gated-deltanet": GREEN, "mamba2": PINK}
+_COLOURS |= {"window+n-grams": GREY, "full+n-grams": ORANGE}
 
 
 def plot_peers(benchmarks: Sequence[str | Path], path: str | Path) -> None:
@@ -62,8 +65,8 @@ def plot_twins(benchmarks: Sequence[str | Path], path: str | Path) -> None:
     benchmarks: outputs of `butterfly bench twins`. Raises as `plot_loss` does.
     """
     rows = [row for benchmark in benchmarks for row in _read_twins(Path(benchmark))]
-    lines = {name: iter(("-", "--", ":", "-.") * len(rows)) for name in NAMES}
-    styles = [next(lines[row["twin"]]) for row in rows]
+    lines = {colour: iter(("-", "--", ":", "-.") * len(rows)) for colour in _COLOURS.values()}
+    styles = [next(lines[_COLOURS[row["twin"]]]) for row in rows]
     with new_figure(path, width=7.8, height=3.9) as figure:
         figure.set_layout_engine("constrained")
         panels = figure.subplots(1, 2, sharey=True)
