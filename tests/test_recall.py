@@ -16,6 +16,7 @@ from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
 from butterfly_llm.curriculum import LONG_VALUES, MOST_PAIRS, curriculum, plant_pairs
 from butterfly_llm.model import Butterfly
+from butterfly_llm.ngrams import followers
 from butterfly_llm.recall import Needles, at_hops, evaluate_recall, plant
 from butterfly_llm.routing import hops
 from butterfly_llm.train import Transform, train
@@ -207,8 +208,42 @@ def test_a_share_of_the_windows_gets_long_values() -> None:
 
     assert set(longest(0.0)) == {2} and set(longest(1.0)) == set(LONG_VALUES)
     assert 10 < longest(0.5).count(2) < 30
-    with pytest.raises(ValueError, match=r"long_share 1\.5 must lie from 0 to 1"):
+    with pytest.raises(ValueError, match=r"long_share 1\.5 and reworded_share 0\.0 must lie from 0 to 1"):
         curriculum(share=1.0, weight=10.0, longest=2048, seed=0, long_share=1.5)
+
+
+def test_questions_are_reworded_as_often_as_asked() -> None:
+    windows = np.stack([TEXT[:2049]] * 40)
+
+    def planted(**options: float) -> bytes:
+        transform = curriculum(share=1.0, weight=10.0, longest=2048, seed=0, **options)  # type: ignore[arg-type]
+        return transform(windows, 0, 0, 1.0)[0].tobytes()
+
+    def asked(text: bytes) -> tuple[int, int]:
+        plain, reworded = (len(re.findall(rb"#GET \w\w" + sign + rb"\d\d\n", text)) for sign in (b"=", b":"))
+        assert len(re.findall(rb"#KEY \w\w=\d\d\n", text)) == plain + reworded
+        return plain, reworded
+
+    assert planted(reworded_share=0.0) == planted()  # runs of before are repeated to the bit
+    assert asked(planted())[1] == 0 and asked(planted(reworded_share=1.0))[0] == 0
+    plain, reworded = asked(planted(reworded_share=0.25))
+    assert 0.15 < reworded / (plain + reworded) < 0.35
+    with pytest.raises(ValueError, match=r"reworded_share 1\.5 must lie from 0 to 1"):
+        planted(reworded_share=1.5)
+
+
+def test_no_lookup_answers_a_reworded_question() -> None:
+    orders = (3, 4, 6, 8, 12, 16, 24)
+    for needles, found in ((Needles(distractors=3), True), (Needles(distractors=3, reworded=True), False)):
+        for seed in range(10):
+            text, answers = plant(TEXT[:4097], needles, generator(seed), within(8))
+            ids = torch.from_numpy(text.astype(np.int64))[None]
+            told = followers(ids, orders, 1 << 16)[0]
+            for answer in answers:
+                before = bytes(text[answer.start - 4 : answer.start])
+                assert before[3:] == (b"=" if found else b":") and chr(text[answer.fact - 1]) == "="
+                for at in range(answer.start, answer.start + answer.chars):
+                    assert (int(text[at]) in told[at - 1].tolist()) == found
 
 
 def test_a_long_window_gets_no_more_facts_than_a_chunk_has_lanes() -> None:

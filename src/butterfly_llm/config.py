@@ -340,6 +340,8 @@ class TrainConfig:
     """Weight in the loss of the two characters of an answer, of more ones together as much; others have 1."""
     recall_long_share: float = 0.0
     """Share of these windows whose answers have 4 to 32 hexadecimal digits."""
+    recall_reworded_share: float = 0.0
+    """Share of the questions that are asked in other characters than the fact, which no n-gram finds."""
     recall_full_at: float = 0.6
     """Progress (0 to 1) by which the distances have grown to the longest window. 0: from the first step, for
     a run that goes on from a model which finds facts already."""
@@ -514,4 +516,5 @@ _TRAIN_RANGES = {
     "weight_decay": (0.0, 1e18), "clip_norm": (1e-12, 1e18), "spike_bits": (0.0, 1e18),
     "checkpoint_minutes": (0.0, 1e18), "recall_share": (0.0, 1.0), "recall_weight": (1e-6, 1e6),
     "recall_full_at": (0.0, 1.0), "recall_long_share": (0.0, 1.0),
+    "recall_reworded_share": (0.0, 1.0),
 }  # fmt: skip

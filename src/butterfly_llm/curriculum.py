@@ -21,6 +21,7 @@ SLOT = 64  # characters
 LONG_VALUES = (4, 8, 16, 32)  # characters
 _WORDS = np.frombuffer(b"\n#KEY \n#GET ", dtype=np.uint8).reshape(2, 6)
 _DIGITS = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
+REWORDED = ":"  # in a reworded question, for `=`
 _KEYS = 26 * 26
 NEAREST = 256  # characters; the reach at the start of a run
 MOST_PAIRS = 128  # in a window: as many as a chunk of the shipped models has lanes to keep them in
@@ -41,21 +42,23 @@ def curriculum(
     seed: int,
     full_at: float = 0.6,
     long_share: float = 0.0,
+    reworded_share: float = 0.0,
 ) -> Callable[[Bytes, int, int, float], tuple[Bytes, npt.NDArray[np.float32]]]:
     """A transform for `train` that plants facts and questions into a share of the windows.
 
     The reach, about how far a question stands from its fact at most, doubles at a steady pace: from 256
     characters at the start of the run to `longest`, its longest window, at progress `full_at`; 0 for all of
-    it from the start. Half of the
-    windows have it, half one that is spread evenly over the powers of two below. A window gets from one pair
-    to one for every 128 characters, 128 at most; `long_share` of these windows have long values. In the loss
-    an answer weighs as two characters of `weight`, the rest of a fact or question 0 (a model should answer,
-    not write needles of its own), all others 1. A window's needles follow from (seed, step, its number in the
+    it from the start. Half of the windows have it, half one that is spread evenly over the powers of two
+    below. A window gets from one pair to one for every 128 characters, 128 at most; `long_share` of these
+    windows have long values, and `reworded_share` of the questions are reworded (`recall.py`). In the loss an
+    answer weighs as two characters of `weight`, the rest of a fact or question 0 (a model should answer, not
+    write needles of its own), all others 1. A window's needles follow from (seed, step, its number in the
     batch) and the progress alone.
     """
-    if not 0 <= share <= 1 or not 0 <= long_share <= 1 or weight <= 0:
+    if not all(0 <= x <= 1 for x in (share, long_share, reworded_share)) or weight <= 0:
         raise ValueError(
-            f"recall: share {share} and long_share {long_share} must lie from 0 to 1, weight {weight} above 0"
+            f"recall: share {share}, long_share {long_share} and reworded_share {reworded_share} must lie "
+            f"from 0 to 1, weight {weight} above 0"
         )
 
     def transform(
@@ -75,7 +78,7 @@ def curriculum(
                 chars_of_value = int(generator.choice(LONG_VALUES)) if long else 2
                 plant_pairs(
                     out[row], weights[row], generator, pairs=pairs, reach=near, weight=weight,
-                    value_chars=chars_of_value,
+                    value_chars=chars_of_value, reworded_share=reworded_share,
                 )  # fmt: skip
         return out, weights
 
@@ -91,12 +94,13 @@ def plant_pairs(
     reach: float,
     weight: float,
     value_chars: int = 2,
+    reworded_share: float = 0.0,
 ) -> None:
     """Write facts and questions over `text` (N + 1,) in place, and set the weights (N,) of its targets.
 
     pairs: wanted; as many as there are slots and keys for are planted. reach: characters, about the most
     between a fact and its question. value_chars: decimal digits of a value, hexadecimal ones where there are
-    more than two. ValueError for a window below four slots.
+    more than two. reworded_share: of the questions. ValueError for a window below four slots.
     """
     shift = int(generator.integers(1, SLOT + 1))  # the first character is nobody's target
     slots = (len(text) - shift) // SLOT
@@ -118,6 +122,8 @@ def plant_pairs(
     items[:, :, 6] = 97 + names[:, None] % 26
     items[:, :, 7] = 97 + names[:, None] // 26
     items[:, :, 8] = ord("=")
+    if reworded_share:
+        items[generator.random(pairs) < reworded_share, 1, 8] = ord(REWORDED)
     base = 10 if value_chars == 2 else 16
     items[:, :, 9:-1] = _DIGITS[generator.integers(0, base, (pairs, 1, value_chars))]
     items[:, :, -1] = ord("\n")

@@ -1,8 +1,10 @@
 """Does what one chunk knows arrive at another? Facts planted in real text and asked for later.
 
 A fact is a line `#KEY ab=12`, a question the line `#GET ab=12`, both written over the text of a window; the
-answer is the value in the question, which the model must have carried from the fact. Accuracy is given by
-distance and by hops: the relays that the routing needs, the set bits of the distance in chunks.
+answer is the value in the question, which the model must have carried from the fact. A reworded question is
+`#GET ab:12`: the characters before its answer stood nowhere, so that no lookup of n-grams can answer it.
+Accuracy is given by distance and by hops: the relays that the routing needs, the set bits of the distance in
+chunks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from butterfly_llm.curriculum import REWORDED
 from butterfly_llm.routing import hops
 
 if TYPE_CHECKING:
@@ -43,6 +46,9 @@ class Needles:
     """Characters that a value is made of."""
     announced: bool = False
     """The keys that will be asked for stand at the beginning too, as `#ASK ab`, before the facts."""
+
+    reworded: bool = False
+    """Questions have `:` where facts have `=`."""
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.distractors < 0 or self.key_chars < 1 or self.value_chars < 1:
@@ -118,7 +124,8 @@ def plant(
 
     def write(slot: int, word: str, name: int, value: str) -> int:
         """Index of the value in the item written into `slot`."""
-        item = f"\n#{word} {_letters(name, needles)}={value}\n".encode("latin-1")
+        sign = REWORDED if needles.reworded and word == "GET" else "="
+        item = f"\n#{word} {_letters(name, needles)}{sign}{value}\n".encode("latin-1")
         start = shift + slot * slot_chars + int(generator.integers(0, slot_chars - len(item) + 1))
         text[start : start + len(item)] = np.frombuffer(item, dtype=np.uint8)
         used.add(slot)

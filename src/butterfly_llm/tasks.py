@@ -22,6 +22,7 @@ NEEDLES = {
     "multikey": Needles(distractors=15),
     "uuid": Needles(value_chars=32, alphabet="0123456789abcdef"),
     "announced": Needles(distractors=15, announced=True),
+    "reworded": Needles(distractors=15, reworded=True),
 }
 _LETTERS = "abcdefghijklmnop"  # the 16 symbols of induction and copying
 _LINKS = 4  # assignments in a chain of variables

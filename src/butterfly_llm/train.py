@@ -116,6 +116,7 @@ def train(
                 seed=config.seed,
                 full_at=config.recall_full_at,
                 long_share=config.recall_long_share,
+                reworded_share=config.recall_reworded_share,
             )
         if (corpus is None or val_corpus is None) and Path(config.corpus).is_file():
             raise ValueError(

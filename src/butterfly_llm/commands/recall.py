@@ -11,7 +11,9 @@ import tyro
 from butterfly_llm.commands.common import ModelOptions, own_source
 from butterfly_llm.terminal import progress_bar
 
-Task = Literal["needle", "multikey", "uuid", "announced", "many", "variables", "mqar", "induction", "copying"]
+Task = Literal[
+    "needle", "multikey", "uuid", "announced", "reworded", "many", "variables", "mqar", "induction", "copying"
+]
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Recall:
     is taken. Default: this package's source."""
     task: Task = "needle"
     """What is asked: a planted value alone, among others or of 32 digits; key announced before the text;
-    64 values in one window (many); a chain of assignments; pairs (mqar); what followed a sign
-    (induction); strewn letters (copying)."""
+    question in other characters than the fact (reworded); 64 values in one window (many); a chain of
+    assignments; pairs (mqar); what followed a sign (induction); strewn letters (copying)."""
     length: int = 4096
     """Characters in a window."""
     windows: int = 8
