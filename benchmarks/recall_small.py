@@ -191,8 +191,7 @@ def main() -> None:
     )
     for variant in options.variants:
         name, _, rest = variant.partition(":")
-        pairs = (change.partition("=") for change in filter(None, rest.split(",")))
-        changes = {key: tomllib.loads(f"value = {value}")["value"] for key, _, value in pairs}
+        changes: dict[str, Any] = tomllib.loads(f"all = {{{rest}}}")["all"]
         config = ButterflyConfig.preset(
             "micro", chunk_size=16, carry_size=32, num_local_layers=1, num_passes=2, num_refine_layers=1
         )
