@@ -11,8 +11,9 @@ what else such a layer reads (`ATTENDS`), `taps`, whether layers mix in the char
 numbers of the layers that read what they held where the last n characters stood before (`Lookup`), and
 `contexts`, more of what followed before in place of the n-grams of the model (`Contexts`). Each is trained
 from nothing on windows of --length characters, into all of which facts are planted (`curriculum.py`), then
-asked at every number of hops for a fact alone and for one among 15 others, in windows of each of the --ask
-lengths. A row of JSON for each goes to standard output and, with --save, to a file.
+asked at every number of hops for a fact alone, for one among 15 others, and for such a one in other
+characters than it stands in, in windows of each of the --ask lengths. A row of JSON for each goes to standard
+output and, with --save, to a file.
 
     python benchmarks/recall_ablation.py CORPUS --length 65536 --grow 512 --ask 4096 16384 65536 \
         --steps 4000 "heads:carry_heads=8,carry_size=128,train.recall_weight=20,train.export='runs/heads'"
@@ -424,18 +425,18 @@ def compare(options: argparse.Namespace) -> None:
         model.load_state_dict(result.model.state_dict())
         model.compute_dtype = result.model.compute_dtype
         asked = [
-            {"length": length, "distractors": others}
+            {"length": length, "distractors": needles.distractors, "reworded": needles.reworded}
             | dataclasses.asdict(
                 evaluate_recall(
                     model,
                     text,
                     length=length,
                     windows=options.windows,
-                    needles=Needles(distractors=others),
+                    needles=needles,
                 )
             )
             for length in options.ask or [options.length]
-            for others in (0, 15)
+            for needles in (Needles(), Needles(distractors=15), Needles(distractors=15, reworded=True))
         ]
         val = Corpus(options.corpus / "val.bin")
         with torch.no_grad():
@@ -445,7 +446,7 @@ def compare(options: argparse.Namespace) -> None:
             "parameters": model.num_parameters(), "chars": result.chars, "seconds": round(seconds, 1),
             "bits_per_char": round(result.val_bits, 4), "skipped": result.skipped, "by_position": places,
             "recall": [
-                {key: each[key] for key in ("length", "distractors")}
+                {key: each[key] for key in ("length", "distractors", "reworded")}
                 | {
                     name: {edge: round(share, 3) for edge, (share, _) in each[name].items()}
                     for name in ("by_hops", "by_distance")

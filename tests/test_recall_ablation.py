@@ -262,7 +262,9 @@ def test_variants_are_trained_and_asked(
         assert [place["stop"] for place in row["by_position"]] == [128, 512]
         mean = sum(b["bits_per_char"] * (b["stop"] - b["start"]) for b in row["by_position"]) / 512
         assert mean == pytest.approx(row["bits_per_char"], abs=0.1)
-        assert row["chars"] == 512 and [each["distractors"] for each in row["recall"]] == [0, 15]
+        assert row["chars"] == 512 and [
+            (each["distractors"], each["reworded"]) for each in row["recall"]
+        ] == [(0, False), (15, False), (15, True)]
     assert abs(rows[0]["parameters"] / rows[1]["parameters"] - 1) < 0.02
 
 

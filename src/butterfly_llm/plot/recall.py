@@ -56,7 +56,9 @@ def _curves(line: str, path: Path) -> Iterator[tuple[str, dict[int, float]]]:
         yield name, _shares(row["by_hops"])
         return
     for asked in row["recall"]:
-        yield f"{name}, {asked['length']:,} with {asked['distractors']} others", _shares(asked["by_hops"])
+        how = ", reworded" if asked.get("reworded") else ""
+        label = f"{name}, {asked['length']:,} with {asked['distractors']} others{how}"
+        yield label, _shares(asked["by_hops"])
 
 
 def _shares(by_hops: Mapping[str, Any]) -> dict[int, float]:
