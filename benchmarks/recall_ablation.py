@@ -248,9 +248,8 @@ def word_keys(ids: Tensor, words: Sequence[int]) -> list[Tensor]:
 
     # The latest word that ended before each place, -1 for none.
     ends = is_word & F.pad(starts[:, 1:], (0, 1), value=False)
-    ended = F.pad(
-        torch.where(ends, here, -1).cummax(1).values, (1, 0), value=-1
-    )  # (B, N + 1), before place j
+    # (B, N + 1), before place j
+    ended = F.pad(torch.where(ends, here, -1).cummax(1).values, (1, 0), value=-1)
     key, at, keys = hashed(start, here), ended.gather(1, start), []
     for count in range(max(words, default=-1) + 1):
         if count in words:
@@ -262,7 +261,7 @@ def word_keys(ids: Tensor, words: Sequence[int]) -> list[Tensor]:
     return keys
 
 
-def told(model: Butterfly, contexts: Contexts) -> None:
+def tell(model: Butterfly, contexts: Contexts) -> None:
     """Give an untrained model such inputs, in place."""
     nothing = ngrams.NOTHING + 1
     rows, size = len(contexts) * nothing, model.config.hidden_size
@@ -338,7 +337,7 @@ def builder(
         if contexts is not None:
             if looks or config.ngram_orders:
                 raise ValueError("no contexts beside looks or ngram_orders: give `orders` of the contexts")
-            told(model, contexts)
+            tell(model, contexts)
         if strides != "powers":
             found = iter(STRIDES[strides](config.num_passes, config.num_levels, seed))
             model.routes = tuple(
@@ -400,9 +399,9 @@ def compare(options: argparse.Namespace) -> None:
             raise ValueError(f"no contexts {', '.join(sorted(unknown))}: there are {', '.join(fields)}")
         followed = None if contexts is None else Contexts(**contexts)
         build = builder(twin, strides, seed, attends, taps, looks, followed)
-        # A twin is told of n-grams where that is asked for, beside the parameters that both have without.
-        orders, model_config = model_config.ngram_orders, dataclasses.replace(model_config, ngram_orders=())
-        model_config = dataclasses.replace(twins.twin_config(twin, model_config), ngram_orders=orders)
+        # A twin is told of n-grams where that is asked for.
+        told = twin != "butterfly" and model_config.ngram_orders
+        model_config = twins.twin_config(f"{twin}+n-grams" if told else twin, model_config)
         lengths = growing(first, options.length)
         with tempfile.TemporaryDirectory() as out:
             config = TrainConfig.from_dict({

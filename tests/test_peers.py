@@ -150,25 +150,25 @@ def test_twins_trains_each_on_the_same_text_and_reads_held_out_text(
     assert os.listdir(tmp_path / "kept") == ["window"]
 
 
-def test_twins_warm_up_over_a_share_of_the_run(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+def train_window(corpus: Path, options: str, warmup: float) -> dict[str, Any]:
+    """`train_twin` of what `peers.prepare` made, here and now."""
     parser = argparse.ArgumentParser()
     twins.add_options(parser)
-    asked = "x --preset micro --length 64 --batch 256 --chars 5120 --val-chars 64 --warmup 0.5"
-    settings = twins.settings_of(parser.parse_args(asked.split()))
+    settings = twins.settings_of(parser.parse_args(f"x --length 64 --batch 256 {options}".split()))
+    return twins.train_twin(str(corpus), settings.to_dict(), True, 64, warmup)
+
+
+def test_twins_warm_up_over_a_share_of_the_run(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
     peers.prepare("window", MICRO.to_dict(), "cpu", False, False, 0)
     rates = []
     assert peers.subject is not None
     monkeypatch.setattr(peers.subject.optimizers, "step", lambda rate, bad: rates.append(rate))
-    twins.train_twin(str(corpus), settings.to_dict(), True, 64, 0.5)
+    train_window(corpus, "--chars 5120", 0.5)
     assert rates[:9] == pytest.approx([2e-3 * (0.01 + i / 10) for i in range(9)])
     assert max(rates) == rates[10] < 2e-3 and rates[-1] < 3e-4  # it falls from 0.4 of the run on
 
 
 def test_twins_windows_grow_until_half_of_the_run(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
-    parser = argparse.ArgumentParser()
-    twins.add_options(parser)
-    asked = "x --preset micro --length 64 --grow 16 --batch 256 --micro 128 --chars 2048 --val-chars 64"
-    settings = twins.settings_of(parser.parse_args(asked.split()))
     peers.prepare("window", MICRO.to_dict(), "cpu", False, False, 0)
     seen: list[tuple[int, ...]] = []
 
@@ -178,7 +178,7 @@ def test_twins_windows_grow_until_half_of_the_run(monkeypatch: pytest.MonkeyPatc
 
     original = twins.accumulate
     monkeypatch.setattr(twins, "accumulate", accumulate)
-    row = twins.train_twin(str(corpus), settings.to_dict(), True, 64, 0.1)
+    row = train_window(corpus, "--grow 16 --micro 128 --chars 2048", 0.1)
     ahead, run = seen[:3], seen[3:]
     assert ahead == [(2, 64), (4, 32), (8, 16)]  # what is compiled for a length is compiled before the clock
     assert run == [(8, 16)] * 4 + [(4, 32)] * 4 + [(2, 64)] * 8  # two passes a step

@@ -200,9 +200,8 @@ def test_a_model_is_told_of_contexts_by_embeddings_of_zero(ablation: ModuleType)
     with torch.no_grad():
         one.ngram.weight.copy_(model.ngram.weight[: 2 * 257])
         reference.ngram.weight.copy_(model.ngram.weight[: 2 * 257])
-    torch.testing.assert_close(
-        one._embed(ids), reference._embed(ids)
-    )  # one rank of each n: what the model itself has
+    # One rank of each n: what the model itself has.
+    torch.testing.assert_close(one._embed(ids), reference._embed(ids))
 
 
 def test_a_layer_that_looks_reads_behind_where_the_text_stood_before(ablation: ModuleType) -> None:
@@ -277,6 +276,7 @@ def test_variants_are_trained_and_asked(
         ("x:looks=[3],twin='full'", "no looks for full"),
         ("x:ngram_orders=[3],contexts={orders=[3]}", "no contexts beside looks or ngram_orders"),
         ("x:contexts={order=[3]}", "no contexts order: there are orders, ranks, words"),
+        ("x:twin='mamba2',ngram_orders=[3]", "unknown twin 'mamba2+n-grams': there are "),
         ("x:looks=[99]", "no looks [99]: there are layers 0 to 13"),
         ("x:attends='all'", "a butterfly has one of partner, heads, partner and before"),
         ("x:ngram_orders=[3, 2]", "ngram_orders must be rising whole numbers from 1 to 63, not [3, 2]"),
