@@ -15,6 +15,11 @@ asked at every number of hops for a fact alone, for one among 15 others, and for
 characters than it stands in, in windows of each of the --ask lengths. A row of JSON for each goes to standard
 output and, with --save, to a file.
 
+In equal time a variant takes as many steps as its speed allows, `chars_per_second` of short runs alone:
+
+    python benchmarks/recall_ablation.py CORPUS --steps 120 --windows 1 "shift:train.log_every=20" \
+        "no carry:carry_size=0,train.log_every=20"
+
     python benchmarks/recall_ablation.py CORPUS --length 65536 --grow 512 --ask 4096 16384 65536 \
         --steps 4000 "heads:carry_heads=8,carry_size=128,train.recall_weight=20,train.export='runs/heads'"
 """
@@ -25,6 +30,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import statistics
 import tempfile
 import time
 import tomllib
@@ -349,6 +355,13 @@ def builder(
     return build
 
 
+def speed_at(metrics: Path, length: int) -> int | None:
+    """Characters a second in windows of `length`: the median of a run's log, None where that has none."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    speeds = [row["chars_per_second"] for row in rows if row["kind"] == "train" and row["length"] == length]
+    return int(statistics.median(speeds)) if speeds else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -418,6 +431,7 @@ def compare(options: argparse.Namespace) -> None:
                 corpus=Corpus(options.corpus / "train.bin"), val_corpus=Corpus(options.corpus / "val.bin"),
                 build=build,
             )  # fmt: skip
+            speed = speed_at(Path(out) / "metrics.jsonl", options.length)
         seconds = time.perf_counter() - begun
         # Without the compiled layers of the run, which would be compiled again for every length.
         model = build(model_config).to(result.model.embed.weight.device)
@@ -443,6 +457,7 @@ def compare(options: argparse.Namespace) -> None:
         row = {
             "variant": name, "model": model_changes, "run": run_changes, "length": options.length,
             "parameters": model.num_parameters(), "chars": result.chars, "seconds": round(seconds, 1),
+            "chars_per_second": speed,
             "bits_per_char": round(result.val_bits, 4), "skipped": result.skipped, "by_position": places,
             "recall": [
                 {key: each[key] for key in ("length", "distractors", "reworded")}

@@ -240,7 +240,7 @@ def test_variants_are_trained_and_asked(
     (tmp_path / "train.bin").write_bytes(b"all of it is text that says a little and repeats it\n" * 60)
     (tmp_path / "val.bin").write_bytes(b"and this is held out, which says other things anew\n" * 60)
     sizes = ["--length", "512", "--width", "64", "--steps", "1", "--chars", "512", "--windows", "1"]
-    variants = ["previous:strides='previous'", "full attention:twin='full'"]
+    variants = ["previous:strides='previous',train.log_every=1", "full attention:twin='full'"]
     monkeypatch.setattr(
         sys, "argv", ["x", str(tmp_path), *variants, *sizes, "--save", str(tmp_path / "rows")]
     )
@@ -257,6 +257,7 @@ def test_variants_are_trained_and_asked(
     assert {route.stride for route in trained[0].routes} == {1} and type(trained[1]) is FullAttention
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [row["variant"] for row in rows] == ["previous", "full attention"]
+    assert rows[0]["chars_per_second"] > 0 and rows[1]["chars_per_second"] is None  # nothing was logged
     for row in rows:
         assert [place["stop"] for place in row["by_position"]] == [128, 512]
         mean = sum(b["bits_per_char"] * (b["stop"] - b["start"]) for b in row["by_position"]) / 512
