@@ -6,6 +6,7 @@ import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
 from butterfly_llm.curriculum import LONG_VALUES, MOST_PAIRS, curriculum, plant_pairs
 from butterfly_llm.model import Butterfly
-from butterfly_llm.ngrams import followers
+from butterfly_llm.ngrams import NOTHING, followers
 from butterfly_llm.recall import Needles, at_hops, evaluate_recall, plant
 from butterfly_llm.routing import hops
+from butterfly_llm.tasks import evaluate_task
 from butterfly_llm.train import Transform, train
 from conftest import within
 
@@ -77,7 +79,7 @@ class Oracle:
         self.memory = memory
         self.asked = 0
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, followers: None = None) -> Tensor:
         text = bytes(ids[0].tolist())
         out = torch.full((1, len(text)), ord("?"))
         for at in range(len(text)):
@@ -101,6 +103,27 @@ def test_an_oracle_is_right_at_every_hop_and_a_short_memory_only_near() -> None:
     assert short.by_distance[256][0] == 1.0
     assert short.by_distance[4096][0] == 0.0
     assert "hops" in next(short.lines()) and '"by_hops"' in short.to_json()
+
+
+class Repeater(Oracle):
+    """Says what followed the last three characters before, as it is told."""
+
+    def hidden(self, ids: Tensor, told: Any = None) -> Tensor:
+        config = self.config
+        found = followers(ids, config.ngram_orders, config.ngram_slots) if told is None else told(ids)
+        self.said = int((found[..., 0] != NOTHING).sum())
+        return found[..., :1].clamp(max=255)
+
+
+def test_without_the_lookup_a_model_that_only_repeats_finds_nothing() -> None:
+    model = Repeater(0)
+    asked = {"length": 1024, "windows": 4}
+    found = evaluate_task(model, "multikey", TEXT.tobytes(), **asked)  # type: ignore[arg-type]
+    said = model.said
+    alone = evaluate_task(model, "multikey", TEXT.tobytes(), lookup=False, **asked)  # type: ignore[arg-type]
+    assert all(share == 1.0 for share, _ in found.by_hops.values())
+    assert all(share == 0.0 for share, _ in alone.by_hops.values())
+    assert model.said == said - 2  # it is kept from the two digits of the answer alone
 
 
 def test_an_untrained_model_finds_nothing() -> None:

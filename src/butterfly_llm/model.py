@@ -165,8 +165,11 @@ class Butterfly(nn.Module):
         movable = [r.index for r in self.routes if not (r.starts_pass and len(self.writes))]
         return set(movable[: self.recompute.on_host])
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids (B, N) -> normalised hidden states (B, N, d) in the compute dtype."""
+    def hidden(self, ids: Tensor, followers: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """ids (B, N) -> normalised hidden states (B, N, d) in the compute dtype.
+
+        followers: ids -> (B, N, O), in place of what `ngrams.followers` finds.
+        """
         if ids.ndim != 2:
             raise ValueError(f"ids must be (batch, characters), not {tuple(ids.shape)}")
         config, backend = self.config, self.backend or default_backend(ids.device)
@@ -213,7 +216,7 @@ class Butterfly(nn.Module):
 
         walk = partial(self._walk, run_layer=run_layer, run_merge=light(merge), run_write=light(write))
         segments = self.recompute.segments(len(self.routes)) if recompute else [(0, len(self.routes))]
-        state: tuple[Tensor, Tensor | None, Tensor | None] = self._embed(ids), None, None
+        state: tuple[Tensor, Tensor | None, Tensor | None] = self._embed(ids, followers), None, None
         for start, stop in segments:
 
             def run(

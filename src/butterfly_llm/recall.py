@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from butterfly_llm import ngrams
 from butterfly_llm.curriculum import REWORDED
 from butterfly_llm.routing import hops
 
@@ -187,12 +188,14 @@ def evaluate_recall(
     windows: int = 16,
     needles: Needles | None = None,
     seed: int = 0,
+    lookup: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> RecallResult:
     """Plant needles into windows of `length` characters of `text`, at every number of hops that fits.
 
     `windows` is their number for each hop count. A value is right when every character of it is the most
-    likely one, given those before. ValueError where the text is shorter than a window.
+    likely one, given those before. Without `lookup` the n-grams say nothing where an answer is predicted:
+    what the network finds by itself. ValueError where the text is shorter than a window.
     """
     needles = needles or Needles()
     chunk_size = model.config.chunk_size
@@ -217,7 +220,7 @@ def evaluate_recall(
                         break
                 yield window, answers
 
-    return score(model, cases(), length, progress=progress)
+    return score(model, cases(), length, lookup=lookup, progress=progress)
 
 
 def score(
@@ -225,13 +228,14 @@ def score(
     cases: Iterable[tuple[Bytes, Sequence[Answer]]],
     length: int,
     *,
+    lookup: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> RecallResult:
     """Ask the model in windows (length + 1,) of characters and count the answers by hops and by distance."""
     by_hops: dict[int, list[bool]] = {}
     by_distance: dict[int, list[bool]] = {}
     for done, (window, answers) in enumerate(cases, 1):
-        for answer, right in zip(answers, _right(model, window, answers), strict=True):
+        for answer, right in zip(answers, _right(model, window, answers, lookup), strict=True):
             by_hops.setdefault(hops(answer.chunk_distance(model.config.chunk_size)), []).append(right)
             edge = next((e for e in DISTANCES if answer.distance < e), DISTANCES[-1])
             by_distance.setdefault(edge, []).append(right)
@@ -240,15 +244,21 @@ def score(
     return RecallResult(length, _shares(by_hops), _shares(by_distance))
 
 
-def _right(model: Butterfly, window: Bytes, answers: Sequence[Answer]) -> list[bool]:
+def _right(model: Butterfly, window: Bytes, answers: Sequence[Answer], lookup: bool) -> list[bool]:
     """Whether the model finds each answer of a window (N + 1,)."""
     if not answers:
         return []
     device = model.embed.weight.device
     ids = torch.from_numpy(window).to(device).long()
     targets = torch.tensor([[a.start + i for i in range(a.chars)] for a in answers], device=device)
+
+    def followers(ids: torch.Tensor) -> torch.Tensor:
+        found = ngrams.followers(ids, model.config.ngram_orders, model.config.ngram_slots)
+        found[:, targets - 1] = ngrams.NOTHING
+        return found
+
     with torch.no_grad():
-        hidden = model.hidden(ids[None, :-1])[0]
+        hidden = model.hidden(ids[None, :-1], None if lookup else followers)[0]
         guesses = model.head(hidden[targets - 1]).argmax(-1)  # (answers, chars)
     right: list[bool] = (guesses == ids[targets]).all(1).tolist()
     return right

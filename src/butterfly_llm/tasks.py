@@ -132,17 +132,20 @@ def evaluate_task(
     length: int,
     windows: int = 16,
     seed: int = 0,
+    lookup: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> RecallResult:
     """Accuracy of `model` at a task in windows of `length` characters, by hops and by distance.
 
     `windows` is their number, for each number of hops where the task can choose it. `text` is what lines are
-    written over. ValueError for an unknown task and for a length or text too short for it.
+    written over. Without `lookup` the n-grams say nothing where an answer is predicted. ValueError for an
+    unknown task and for a length or text too short for it.
     """
     if task in NEEDLES:
         return evaluate_recall(
-            model, text, length=length, windows=windows, needles=NEEDLES[task], seed=seed, progress=progress
-        )
+            model, text, length=length, windows=windows, needles=NEEDLES[task], seed=seed, lookup=lookup,
+            progress=progress,
+        )  # fmt: skip
     if task not in MAKERS:
         raise ValueError(f"unknown task {task!r}: there are {', '.join(TASKS)}")
     data = np.frombuffer(text, dtype=np.uint8)
@@ -155,7 +158,7 @@ def evaluate_task(
             start = int(generator.integers(0, len(data) - length))
             yield MAKERS[task](generator, data[start : start + length + 1])
 
-    return score(model, cases(), length, progress=progress)
+    return score(model, cases(), length, lookup=lookup, progress=progress)
 
 
 def _random(generator: np.random.Generator, alphabet: str, count: int) -> Bytes:

@@ -215,9 +215,9 @@ class Recurrent(Twin):
         for layer in cast("list[RecurrentLayer]", self.layers):
             layer.finish = finish
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids (B, N) -> normalised hidden states (B, N, d) in the compute dtype."""
-        x = self._embed(ids)
+    def hidden(self, ids: Tensor, followers: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """As `Butterfly.hidden`."""
+        x = self._embed(ids, followers)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:

@@ -33,6 +33,8 @@ class Recall:
     """Windows for each number of hops; in all, where the task cannot choose it."""
     seed: int = 0
     """Places, keys and values follow from it."""
+    lookup: bool = True
+    """--no-lookup: n-grams say nothing where an answer is predicted; what the network finds by itself."""
     json: bool = False
     """Print one line of JSON instead of the table."""
     model: tyro.conf.OmitArgPrefixes[ModelOptions] = field(default_factory=ModelOptions)
@@ -57,6 +59,7 @@ class Recall:
                 length=self.length,
                 windows=self.windows,
                 seed=self.seed,
+                lookup=self.lookup,
                 progress=update,
             )
         print(result.to_json() if self.json else "\n".join(result.lines()))
