@@ -45,6 +45,29 @@ def test_every_page_is_in_the_menu():
     assert {page.name for page in PAGES} == set(re.findall(r": (\w+\.md)$", menu, re.M))
 
 
+def _anchor(heading):
+    """The name of a heading in a link."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", plain.lower()).strip().replace(" ", "-")
+
+
+def test_every_link_inside_the_repository_leads_somewhere():
+    texts = [ROOT / "README.md", *PAGES, *ROOT.glob("records/*/README.md")]
+    dead = []
+    for text in texts:
+        prose = re.sub(r"```.*?```|`[^`\n]*`", "", text.read_text(encoding="utf-8"), flags=re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if "://" in link:
+                continue
+            path, _, anchor = link.partition("#")
+            target = (text.parent / path).resolve() if path else text
+            there = target.read_text(encoding="utf-8") if anchor and target.exists() else ""
+            headings = map(_anchor, re.findall(r"^#+ (.*)$", there, re.M))
+            if not target.exists() or (anchor and anchor not in headings):
+                dead.append(f"{text.relative_to(ROOT)}: {link}")
+    assert not dead, dead
+
+
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
