@@ -89,7 +89,18 @@ def test_a_certain_model_gives_finite_figures() -> None:
 def test_trust_grows_with_being_right() -> None:
     trust = Trust()
     first, *_, last = (trust.nats(True, 64, math.log(0.1), math.log(0.1)) for _ in range(100))
-    assert first == pytest.approx(math.log(2)) and last < 0.02
+    assert first == pytest.approx(-math.log(0.1), rel=0.1) and last < 0.05
+
+
+def test_proposals_cost_nothing_where_the_model_knows_how_sure_it_is() -> None:
+    generator, trust = np.random.default_rng(0), Trust()
+    alone = together = 0.0
+    for belief in generator.beta(4, 1, 5000).clip(0.001, 0.999).tolist():  # mostly sure, right as often
+        right = bool(generator.random() < belief)
+        target = math.log(belief if right else 1 - belief)
+        alone -= target
+        together += trust.nats(right, 64, math.log(belief), target)
+    assert alone - 1 < together < 1.05 * alone
 
 
 def test_windows_may_come_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,10 @@ ORDER = 11  # characters that must agree before anything is proposed
 _BITS = 2 * ORDER  # of the hash: each character moves those before it up by two, so that older ones fall out
 _MULTIPLIER = 4 * 0x2545F4915
 LONGEST = 1 << 16  # a match is not counted further back
-# Classes of proposals: half powers of two of the match's length, bits that the model gives the proposal.
-_LENGTHS, _BELIEFS = 34, 8
+# Classes of proposals: half powers of two of the match's length; points of the model's belief, in log-odds.
+_LENGTHS = 34
+_LOWEST, _APART, _POINTS = -8.0, 2.0, 11
+_PRIOR = 2.0  # proposals that a point begins with, right as often as the model believes
 _AT_ONCE = 1 << 16  # characters of a text that are Python's numbers at a time
 NOTHING = -1
 
@@ -72,27 +74,35 @@ class Match:
 
 
 class Trust:
-    """How often proposals were right, by the length of their match and by what the model thought of them."""
+    """How often proposals were right, by the length of their match and by what the model thought of them.
+
+    An adaptive probability map, as in compressors of the PAQ kind: a belief lies between two points, whose
+    shares are interpolated and which learn by their nearness. It begins with the model's own belief.
+    """
 
     def __init__(self) -> None:
-        self._right = [[1.0] * _BELIEFS for _ in range(_LENGTHS)]
-        self._made = [[2.0] * _BELIEFS for _ in range(_LENGTHS)]
+        points = [_PRIOR / (1 + math.exp(-(_LOWEST + _APART * k))) for k in range(_POINTS)]
+        self._right = [points.copy() for _ in range(_LENGTHS)]
+        self._made = [[_PRIOR] * _POINTS for _ in range(_LENGTHS)]
 
     def nats(self, right: bool, length: int, proposed: float, target: float) -> float:
         """-log of what model and proposal together give the character that came, which is learnt from.
 
         proposed, target: the model's log-probabilities of the proposal and of the character that came. The
-        proposal gets the share of its class that was right so far, all others keep their proportions.
+        proposal gets the share that its class had right so far, all others keep their proportions.
         """
-        i = min(_LENGTHS - 1, int(2 * math.log2(length)))
-        j = min(_BELIEFS - 1, int(-proposed / math.log(2)))
-        share = self._right[i][j] / self._made[i][j]
-        self._made[i][j] += 1
-        if right:
-            self._right[i][j] += 1
-            return -math.log(share)
         rest = -math.expm1(min(proposed, -1e-9))  # 1 - p(proposal)
-        return -math.log1p(-share) + math.log(rest) - target
+        place = (proposed - math.log(rest) - _LOWEST) / _APART
+        lower = int(min(max(place, 0.0), _POINTS - 1.001))
+        nearness = min(max(place - lower, 0.0), 1.0)  # to the upper point
+        i = min(_LENGTHS - 1, int(2 * math.log2(length)))
+        rights, made = self._right[i], self._made[i]
+        share = 0.0
+        for point, near in ((lower, 1 - nearness), (lower + 1, nearness)):
+            share += near * rights[point] / made[point]
+            made[point] += near
+            rights[point] += near * right
+        return -math.log(share) if right else -math.log1p(-share) + math.log(rest) - target
 
 
 def proposals(data: bytes) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int32]]:
