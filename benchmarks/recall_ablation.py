@@ -149,6 +149,7 @@ class Taps(Layer):
 
 
 LOOKUP_ORDERS = (4, 12)
+LONGEST_RUN = 7  # of equal followers that is told apart
 _AHEAD = (0, 4)  # characters beyond the one that followed there
 
 
@@ -165,6 +166,28 @@ def latest(keys: Tensor, least: int) -> Tensor:
     found = torch.where(same, F.pad(at[:, :-1], (1, 0)) + 1, -1)
     found = torch.empty_like(at).scatter_(1, at, found)
     return torch.where(found >= least, found, -1)  # not what stands before the text
+
+
+def runs(keys: Tensor, ids: Tensor, least: int, ranks: int) -> list[Tensor]:
+    """What followed the earlier places of the same key, in runs of equal followers: keys and ids (B, N) int64
+    -> the followers of the latest `ranks` runs, NOTHING where there are fewer, and the length of the latest
+    one, at most LONGEST_RUN, each (B, N). From place `least` on."""
+    here = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    keys = torch.where(here < least - 1, -1 - here, keys)  # begin before the text: alike to none
+    values, at = keys.sort(dim=1, stable=True)
+    followers = F.pad(ids[:, 1:], (0, 1), value=-1).gather(1, at)
+    new = F.pad(values[:, 1:] != values[:, :-1], (1, 0), value=True)
+    first = torch.where(new, here, 0).cummax(1).values  # of its key
+    new |= F.pad(followers[:, 1:] != followers[:, :-1], (1, 0))
+    begin = torch.where(new, here, 0).cummax(1).values  # of its run
+    latest, found = here - 1, []
+    for _ in range(ranks):
+        there = latest.clamp(min=0)
+        found.append(torch.where(latest >= first, followers.gather(1, there), ngrams.NOTHING))
+        latest = torch.where(latest >= first, begin.gather(1, there) - 1, -1)
+    length = here - begin.gather(1, (here - 1).clamp(min=0))
+    found.append(torch.where(here > first, length.clamp(max=LONGEST_RUN), ngrams.NOTHING))
+    return [torch.empty_like(x).scatter_(1, at, x) for x in found]
 
 
 class Lookup(Layer):
@@ -199,30 +222,35 @@ class Contexts:
     """What followed before, of more than `ngram_orders` tells: an embedding of each, beside the characters'.
 
     ranks: for each n of `orders`, what followed the latest so many occurrences, not the latest one alone.
+    runs: the ranks count runs of equal followers, not occurrences, and the length of the latest run is told.
     words: for each W, what followed where the characters of the token so far and the W words before it were
     the same, whatever stood between them; tokens are words and what stands between words.
     """
 
     orders: Sequence[int] = ()
     ranks: int = 1
+    runs: bool = False
     words: Sequence[int] = ()
 
     def __len__(self) -> int:
-        return len(self.orders) * self.ranks + len(self.words)
+        return len(self.orders) * (self.ranks + self.runs) + len(self.words)
 
     def followers(self, ids: Tensor) -> Tensor:
         """ids (B, N) int64 -> (B, N, X) int64, as `ngrams.followers`; places are not hashed, none is lost."""
+        told: list[Tensor] = []
         found = []
         for order in self.orders:
+            if self.runs:
+                told += runs(hashes(ids, order), ids, order, self.ranks)
+                continue
             at = before = latest(hashes(ids, order), order)
             for rank in range(self.ranks):
                 if rank:  # the latest occurrence before the one behind which `at` is
                     at = torch.where(at > 0, before.gather(1, (at - 1).clamp(min=0)), -1)
                 found.append(at)
         found += [latest(keys, 1) for keys in word_keys(ids, self.words)]
-        return torch.stack(
-            [torch.where(at > 0, ids.gather(1, at.clamp(min=0)), ngrams.NOTHING) for at in found], -1
-        )
+        told += [torch.where(at > 0, ids.gather(1, at.clamp(min=0)), ngrams.NOTHING) for at in found]
+        return torch.stack(told, -1)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -161,6 +162,24 @@ def test_contexts_tell_what_followed_the_latest_occurrences(ablation: ModuleType
         assert row == wanted, i
 
 
+def test_contexts_tell_runs_of_equal_followers(ablation: ModuleType) -> None:
+    text = b"abcabcabxabcabyabyabab" + bytes(torch.randint(3, (60,)).tolist())
+    contexts = ablation.Contexts(orders=[1, 2], ranks=2, runs=True)
+    found = contexts.followers(torch.tensor([list(text), list(text[::-1])]))
+    assert found.shape == (2, len(text), len(contexts))
+    for row, read in zip(found.tolist(), (text, text[::-1]), strict=True):
+        for i, told in enumerate(row):
+            wanted = []
+            for order in (1, 2):
+                ends = range(order - 1, i) if i + 1 >= order else ()
+                here = read[i + 1 - order : i + 1]
+                after = [read[j + 1] for j in ends if read[j + 1 - order : j + 1] == here]
+                each = [(follower, len(list(alike))) for follower, alike in itertools.groupby(after)][::-1]
+                followers = [follower for follower, _ in each[:2]]
+                wanted += [*followers, *[256] * (2 - len(followers)), min(each[0][1], 7) if each else 256]
+            assert told == wanted, i
+
+
 def test_contexts_of_words_do_not_see_what_stands_between(ablation: ModuleType) -> None:
     text = b"the big cat, the rig can, the (big) cow; the-BIG cat and a big cat the big cat" + b" big co"
     tokens = [(m.start(), m.end()) for m in re.finditer(rb"\w+|\W+", text)]
@@ -276,7 +295,7 @@ def test_variants_are_trained_and_asked(
         ("x:taps=true,twin='mamba2'", "no taps for mamba2"),
         ("x:looks=[3],twin='full'", "no looks for full"),
         ("x:ngram_orders=[3],contexts={orders=[3]}", "no contexts beside looks or ngram_orders"),
-        ("x:contexts={order=[3]}", "no contexts order: there are orders, ranks, words"),
+        ("x:contexts={order=[3]}", "no contexts order: there are orders, ranks, runs, words"),
         ("x:twin='mamba2',ngram_orders=[3]", "unknown twin 'mamba2+n-grams': there are "),
         ("x:looks=[99]", "no looks [99]: there are layers 0 to 13"),
         ("x:attends='all'", "a butterfly has one of partner, heads, partner and before"),
