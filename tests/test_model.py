@@ -77,7 +77,7 @@ def test_gradient_reaches_exactly_the_chunks_of_the_schedule(routing: str, carry
     model.compute_dtype = torch.float64
     num_chunks = 20
     embedded = model._embed(torch.randint(0, 256, (1, num_chunks * 8))).detach().requires_grad_()
-    model._embed = lambda ids: embedded  # type: ignore[method-assign]
+    model._embed = lambda *_: embedded  # type: ignore[method-assign]
     logits = model(torch.zeros(1, num_chunks * 8, dtype=torch.long))
     heard = reach(num_chunks, [r.stride for r in routes_of(config)], config.routing)
     for chunk in range(num_chunks):
@@ -95,7 +95,7 @@ def test_one_pass_of_shifts_hears_every_earlier_chunk() -> None:
 def test_no_gradient_flows_backwards_in_time() -> None:
     model = random_model(MICRO)
     embedded = model._embed(torch.randint(0, 256, (1, 200))).detach().requires_grad_()
-    model._embed = lambda ids: embedded  # type: ignore[method-assign]
+    model._embed = lambda *_: embedded  # type: ignore[method-assign]
     logits = model(torch.zeros(1, 200, dtype=torch.long))
     for t in (0, 15, 16, 17, 99, 198):
         (gradient,) = torch.autograd.grad(logits[0, t].sum(), embedded, retain_graph=True)
