@@ -15,13 +15,13 @@ asked at every number of hops for a fact alone, for one among 15 others, and for
 characters than it stands in, in windows of each of the --ask lengths. A row of JSON for each goes to standard
 output and, with --save, to a file.
 
+    python benchmarks/recall_ablation.py CORPUS --length 65536 --grow 512 --ask 4096 16384 65536 \
+        --steps 4000 "heads:carry_heads=8,carry_size=128,train.recall_weight=20,train.export='runs/heads'"
+
 In equal time a variant takes as many steps as its speed allows, `chars_per_second` of short runs alone:
 
     python benchmarks/recall_ablation.py CORPUS --steps 120 --windows 1 "shift:train.log_every=20" \
         "no carry:carry_size=0,train.log_every=20"
-
-    python benchmarks/recall_ablation.py CORPUS --length 65536 --grow 512 --ask 4096 16384 65536 \
-        --steps 4000 "heads:carry_heads=8,carry_size=128,train.recall_weight=20,train.export='runs/heads'"
 """
 
 from __future__ import annotations
@@ -231,6 +231,10 @@ class Contexts:
     ranks: int = 1
     runs: bool = False
     words: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if type(self.ranks) is not int or self.ranks < 1 or type(self.runs) is not bool:
+            raise ValueError(f"contexts: ranks {self.ranks!r} must be 1 or more, runs {self.runs!r} a bool")
 
     def __len__(self) -> int:
         return len(self.orders) * (self.ranks + self.runs) + len(self.words)

@@ -92,7 +92,7 @@ def test_trust_grows_with_being_right() -> None:
     assert first == pytest.approx(-math.log(0.1), rel=0.1) and last < 0.05
 
 
-def test_proposals_cost_nothing_where_the_model_knows_how_sure_it_is() -> None:
+def test_proposals_cost_little_where_the_model_knows_how_sure_it_is() -> None:
     generator, trust = np.random.default_rng(0), Trust()
     alone = together = 0.0
     for belief in generator.beta(4, 1, 5000).clip(0.001, 0.999).tolist():  # mostly sure, right as often

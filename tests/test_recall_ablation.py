@@ -296,6 +296,11 @@ def test_variants_are_trained_and_asked(
         ("x:looks=[3],twin='full'", "no looks for full"),
         ("x:ngram_orders=[3],contexts={orders=[3]}", "no contexts beside looks or ngram_orders"),
         ("x:contexts={order=[3]}", "no contexts order: there are orders, ranks, runs, words"),
+        ("x:contexts={orders=[3],ranks=0}", "contexts: ranks 0 must be 1 or more, runs False a bool"),
+        (
+            "x:contexts={orders=[3],runs='yes'}",
+            "contexts: ranks 1 must be 1 or more, runs 'yes' a bool",
+        ),
         ("x:twin='mamba2',ngram_orders=[3]", "unknown twin 'mamba2+n-grams': there are "),
         ("x:looks=[99]", "no looks [99]: there are layers 0 to 13"),
         ("x:attends='all'", "a butterfly has one of partner, heads, partner and before"),
