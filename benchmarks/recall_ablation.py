@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from butterfly_llm import ngrams, twins
+from butterfly_llm.bench import peers
 from butterfly_llm.bench.twins import held_out
 from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
@@ -444,6 +445,9 @@ def compare(options: argparse.Namespace) -> None:
             raise ValueError(f"no contexts {', '.join(sorted(unknown))}: there are {', '.join(fields)}")
         followed = None if contexts is None else Contexts(**contexts)
         build = builder(twin, strides, seed, attends, taps, looks, followed)
+        # Before its kernels are imported; they are tuned anew for every length otherwise, for minutes.
+        if tuned := twin in twins.RECURRENT and torch.cuda.is_available():
+            peers.tune_quickly()
         # A twin is told of n-grams where that is asked for.
         told = twin != "butterfly" and model_config.ngram_orders
         model_config = twins.twin_config(f"{twin}+n-grams" if told else twin, model_config)
@@ -457,6 +461,9 @@ def compare(options: argparse.Namespace) -> None:
                 "val_chars": 1 << 20, "val_length": options.length, "checkpoint_minutes": 0.0,
                 "recall_share": 1.0,
             } | run_changes)  # fmt: skip
+            if tuned:
+                at_once = config.micro_chars or config.batch_chars
+                peers.compile_kernels(twin, model_config.to_dict(), "cuda", at_once, 300.0)
             begun = time.perf_counter()
             result = train(
                 config, model_config,

@@ -109,9 +109,10 @@ def fetch(kind: str, package: str, version: str, downloads: Path) -> Path:
         status = subprocess.run(command, cwd=folder).returncode
         found = sorted(folder.glob(pattern))
         if not found:
+            first = "`apt-get update` finds newer ones; " if kind == "deb" else ""
             raise ValueError(
                 f"{package} {version}: {' '.join(command)} ended with {status} and left no {pattern} in "
-                f"{folder}; if that version is gone, put one that there is into the recipe"
+                f"{folder}; {first}if that version is gone, put one that there is into the recipe"
             )
     return found[0]
 

@@ -164,8 +164,8 @@ def test_twins_warm_up_over_a_share_of_the_run(monkeypatch: pytest.MonkeyPatch, 
     assert peers.subject is not None
     monkeypatch.setattr(peers.subject.optimizers, "step", lambda rate, bad: rates.append(rate))
     train_window(corpus, "--chars 5120", 0.5)
-    assert rates[:9] == pytest.approx([2e-3 * (0.01 + i / 10) for i in range(9)])
-    assert max(rates) == rates[10] < 2e-3 and rates[-1] < 3e-4  # it falls from 0.4 of the run on
+    assert rates[:9] == pytest.approx([4e-3 * (0.01 + i / 10) for i in range(9)])
+    assert max(rates) == rates[10] < 4e-3 and rates[-1] < 6e-4  # it falls from 0.4 of the run on
 
 
 def test_twins_windows_grow_until_half_of_the_run(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:

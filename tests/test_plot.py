@@ -290,7 +290,16 @@ def test_twins_figure_shows_held_out_bits_by_time_and_by_characters(tmp_path, la
     wanted = {"butterfly: 1.250", "butterfly, 7 local chunks: 1.750", "full attention: 1.500"}
     wanted |= {"full attention, n-grams: 1.400"}
     assert wanted | {"seconds trained", "characters trained"} <= set(labels)
-    assert not any("Mamba" in label for label in labels)
+    assert not any("Mamba" in label or "rate" in label for label in labels)
+
+
+def test_twins_figure_tells_learning_rates_apart(tmp_path, labels):
+    rows = [{"twin": "full", "curve": [[1000, 1, 5]], "bits_per_char": 1.5}]
+    files = [tmp_path / f"{rate}.json" for rate in (0.002, 0.004)]
+    for file in files:
+        file.write_text(json.dumps({"rows": rows, "train": {"learning_rate": float(file.stem)}}))
+    plot_twins(files, tmp_path / "twins.svg")
+    assert {"full attention, rate 0.002: 1.500", "full attention, rate 0.004: 1.500"} <= set(labels)
 
 
 def test_twins_figure_shows_the_worst_as_well(tmp_path, monkeypatch):

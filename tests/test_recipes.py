@@ -64,4 +64,5 @@ def test_a_version_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
         BUILD["main"]()
     said = capsys.readouterr().err.splitlines()[-1]
     assert "some 1.0: apt-get download some=1.0 ended with 100" in said and "put one that there is" in said
+    assert "`apt-get update` finds newer ones" in said
     assert not (tmp_path / "out").exists()

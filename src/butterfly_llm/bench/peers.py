@@ -164,7 +164,7 @@ def prepare(
     facts: dict[str, Any] = {"cuda_graph": graph}
     if device.startswith("cuda") and chars:
         if name in RECURRENT:
-            _tune_quickly()
+            tune_quickly()
         few = Subject(name, _few_layers(whole), device, compiled, graph, chars)
         ids = torch.randint(0, 256, (1, chars + 1), device=device)
         few.training(ids, True, 1, 0)
@@ -190,14 +190,23 @@ def _few_layers(config: ButterflyConfig) -> ButterflyConfig:
     )  # fmt: skip
 
 
+def compile_kernels(name: str, config: dict[str, Any], device: str, chars: int, within: float) -> list[str]:
+    """Compile the kernels of a recurrent twin into the cache, in several processes; what failed there.
+
+    chars: of a pass in training. within: seconds.
+    """
+    shares = [("compile_share", name, config, device, chars, share) for share in range(_COMPILERS)]
+    return [each for each in all_at_once(MODULE, shares, within) if each]
+
+
 def compile_share(name: str, config: dict[str, Any], device: str, chars: int, share: int) -> None:
     """Compile every `_COMPILERS`-th variant of the kernels, beginning with number `share`, into the cache."""
-    _tune_quickly(share)
+    tune_quickly(share)
     few = Subject(name, _few_layers(ButterflyConfig.from_dict(config)), device, False, False, chars)
     few.training(torch.randint(0, 256, (1, chars + 1), device=device), True, 1, 0)
 
 
-def _tune_quickly(share: int | None = None) -> None:
+def tune_quickly(share: int | None = None) -> None:
     """Kernels that are imported from here on: shorter trials, and not anew for every length.
 
     share: of their variants, take only every `_COMPILERS`-th.
@@ -246,9 +255,7 @@ def start(
         complaints = []
         if name in RECURRENT and on_gpu and chars:
             workers[name].start()  # what it imports takes a while
-            asked = (name, sizes[name], device, chars)
-            shares = [("compile_share", *asked, share) for share in range(_COMPILERS)]
-            complaints = [each for each in all_at_once(MODULE, shares, left() / 2) if each]
+            complaints = compile_kernels(name, sizes[name], device, chars, left() / 2)
         for graph in (True, False) if on_gpu else (False,):
             options = (compiled and on_gpu, graph, chars)
             found = workers[name].ask(0.7 * left(), "prepare", name, sizes[name], device, *options)

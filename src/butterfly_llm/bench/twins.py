@@ -191,7 +191,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=131_072, help="characters in a step")
     parser.add_argument("--micro", type=int, default=65_536, help="characters in a pass, at most")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the run until the peak rate")
     parser.add_argument("--val-chars", type=int, default=1_048_576, help="held-out characters")
     parser.add_argument("--seed", type=int, default=0)

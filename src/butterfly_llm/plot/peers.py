@@ -62,12 +62,16 @@ def plot_peers(benchmarks: Sequence[str | Path], path: str | Path) -> None:
 def plot_twins(benchmarks: Sequence[str | Path], path: str | Path) -> None:
     """Draw bits per character in training against seconds and against characters, and on held-out text.
 
-    benchmarks: outputs of `butterfly bench twins`. Raises as `plot_loss` does.
+    benchmarks: outputs of `butterfly bench twins`; peak learning rates are named where they differ. Raises as
+    `plot_loss` does.
     """
     rows = [row for benchmark in benchmarks for row in _read_twins(Path(benchmark))]
     lines = {colour: iter(("-", "--", ":", "-.") * len(rows)) for colour in _COLOURS.values()}
     styles = [next(lines[_COLOURS[row["twin"]]]) for row in rows]
-    with new_figure(path, width=7.8, height=3.9) as figure:
+    if len({row["rate"] for row in rows}) > 1:
+        for row in rows:
+            row["name"] += f", rate {row['rate']:g}"
+    with new_figure(path, width=7.8, height=3.9 + 0.1 * len(rows)) as figure:
         figure.set_layout_engine("constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, column, label in zip(panels, (1, 0), ("seconds", "characters"), strict=True):
@@ -84,7 +88,10 @@ def plot_twins(benchmarks: Sequence[str | Path], path: str | Path) -> None:
         low, high = (end(row["bits_per_char"] for row in rows) for end in (min, max))
         panels[0].set_ylim(0.9 * low, max(2.2 * low, 1.15 * high))  # the fall of the first steps is no news
         panels[0].set_ylabel("bits per character")
-        panels[1].legend(title="held out (dots)", frameon=False, loc="upper right")
+        figure.legend(
+            *panels[1].get_legend_handles_labels(), title="held out (dots)", frameon=False, ncols=2,
+            loc="outside lower center",
+        )  # fmt: skip
 
 
 def _draw(axes: Any, rows: Sequence[dict[str, Any]], key: str, colour: str, name: str) -> None:
@@ -131,6 +138,7 @@ def _read_twins(path: Path) -> list[dict[str, Any]]:
         rows = [row for row in result["rows"] if "failed" not in row]
         for row in rows:
             row["name"] = NAMES.get(row["twin"])
+            row["rate"] = result.get("train", {}).get("learning_rate")
             if row["twin"] == "butterfly" and (local := result.get("local_chunks")):
                 row["name"] += f", {local} local chunks"
             if row["twin"] not in NAMES or not row["curve"] or not row["bits_per_char"] > 0:
