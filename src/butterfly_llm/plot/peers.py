@@ -70,7 +70,7 @@ def plot_twins(benchmarks: Sequence[str | Path], path: str | Path) -> None:
     styles = [next(lines[_COLOURS[row["twin"]]]) for row in rows]
     if len({row["rate"] for row in rows}) > 1:
         for row in rows:
-            row["name"] += f", rate {row['rate']:g}"
+            row["name"] += f", rate {row['rate']}"
     with new_figure(path, width=7.8, height=3.9 + 0.1 * len(rows)) as figure:
         figure.set_layout_engine("constrained")
         panels = figure.subplots(1, 2, sharey=True)
