@@ -31,6 +31,7 @@ import dataclasses
 import functools
 import json
 import statistics
+import sys
 import tempfile
 import time
 import tomllib
@@ -463,7 +464,9 @@ def compare(options: argparse.Namespace) -> None:
             } | run_changes)  # fmt: skip
             if tuned:
                 at_once = config.micro_chars or config.batch_chars
-                peers.compile_kernels(twin, model_config.to_dict(), "cuda", at_once, 300.0)
+                sizes = model_config.to_dict()
+                for complaint in peers.compile_kernels(twin, sizes, "cuda", at_once, 300.0):
+                    print(complaint, file=sys.stderr)
             begun = time.perf_counter()
             result = train(
                 config, model_config,
