@@ -5,15 +5,14 @@
         "random:strides='random'" "heads:attends='heads'" "taps:taps=true" "full attention:twin='full'"
 
 CORPUS is a folder with train.bin and val.bin. A variant is a name and changed settings: fields of the model,
-of the run as train.FIELD, or one of six that no model has: `twin`, another architecture with as many
+of the run as train.FIELD, or one of five that no model has: `twin`, another architecture with as many
 parameters (`butterfly_llm.twins`), `strides`, the partners of the butterfly layers (`STRIDES`), `attends`,
-what else such a layer reads (`ATTENDS`), `taps`, whether layers mix in the characters before, `looks`, the
-numbers of the layers that read what they held where the last n characters stood before (`Lookup`), and
-`contexts`, more of what followed before in place of the n-grams of the model (`Contexts`). Each is trained
-from nothing on windows of --length characters, into all of which facts are planted (`curriculum.py`), then
-asked at every number of hops for a fact alone, for one among 15 others, and for such a one in other
-characters than it stands in, in windows of each of the --ask lengths. A row of JSON for each goes to standard
-output and, with --save, to a file.
+what else such a layer reads (`ATTENDS`), `taps`, whether layers mix in the characters before, and `looks`,
+the numbers of the layers that read what they held where the last n characters stood before (`Lookup`). Each
+is trained from nothing on windows of --length characters, into all of which facts are planted
+(`curriculum.py`), then asked at every number of hops for a fact alone, for one among 15 others, and for such
+a one in other characters than it stands in, in windows of each of the --ask lengths. A row of JSON for each
+goes to standard output and, with --save, to a file.
 
     python benchmarks/recall_ablation.py CORPUS --length 65536 --grow 512 --ask 4096 16384 65536 \
         --steps 4000 "heads:carry_heads=8,carry_size=128,train.recall_weight=20,train.export='runs/heads'"
@@ -28,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import sys
@@ -151,7 +149,6 @@ class Taps(Layer):
 
 
 LOOKUP_ORDERS = (4, 12)
-LONGEST_RUN = 7  # of equal followers that is told apart
 _AHEAD = (0, 4)  # characters beyond the one that followed there
 
 
@@ -168,28 +165,6 @@ def latest(keys: Tensor, least: int) -> Tensor:
     found = torch.where(same, F.pad(at[:, :-1], (1, 0)) + 1, -1)
     found = torch.empty_like(at).scatter_(1, at, found)
     return torch.where(found >= least, found, -1)  # not what stands before the text
-
-
-def runs(keys: Tensor, ids: Tensor, least: int, ranks: int) -> list[Tensor]:
-    """What followed the earlier places of the same key, in runs of equal followers: keys and ids (B, N) int64
-    -> the followers of the latest `ranks` runs, NOTHING where there are fewer, and the length of the latest
-    one, at most LONGEST_RUN, each (B, N). From place `least` on."""
-    here = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    keys = torch.where(here < least - 1, -1 - here, keys)  # begin before the text: alike to none
-    values, at = keys.sort(dim=1, stable=True)
-    followers = F.pad(ids[:, 1:], (0, 1), value=-1).gather(1, at)
-    new = F.pad(values[:, 1:] != values[:, :-1], (1, 0), value=True)
-    first = torch.where(new, here, 0).cummax(1).values  # of its key
-    new |= F.pad(followers[:, 1:] != followers[:, :-1], (1, 0))
-    begin = torch.where(new, here, 0).cummax(1).values  # of its run
-    latest, found = here - 1, []
-    for _ in range(ranks):
-        there = latest.clamp(min=0)
-        found.append(torch.where(latest >= first, followers.gather(1, there), ngrams.NOTHING))
-        latest = torch.where(latest >= first, begin.gather(1, there) - 1, -1)
-    length = here - begin.gather(1, (here - 1).clamp(min=0))
-    found.append(torch.where(here > first, length.clamp(max=LONGEST_RUN), ngrams.NOTHING))
-    return [torch.empty_like(x).scatter_(1, at, x) for x in found]
 
 
 class Lookup(Layer):
@@ -219,106 +194,6 @@ class Lookup(Layer):
         return super().forward(x, memory, angles, stride, backend)
 
 
-@dataclasses.dataclass(frozen=True)
-class Contexts:
-    """What followed before, of more than `ngram_orders` tells: an embedding of each, beside the characters'.
-
-    ranks: for each n of `orders`, what followed the latest so many occurrences, not the latest one alone.
-    runs: the ranks count runs of equal followers, not occurrences, and the length of the latest run is told.
-    words: for each W, what followed where the characters of the token so far and the W words before it were
-    the same, whatever stood between them; tokens are words and what stands between words.
-    """
-
-    orders: Sequence[int] = ()
-    ranks: int = 1
-    runs: bool = False
-    words: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        if type(self.ranks) is not int or self.ranks < 1 or type(self.runs) is not bool:
-            raise ValueError(f"contexts: ranks {self.ranks!r} must be 1 or more, runs {self.runs!r} a bool")
-
-    def __len__(self) -> int:
-        return len(self.orders) * (self.ranks + self.runs) + len(self.words)
-
-    def followers(self, ids: Tensor) -> Tensor:
-        """ids (B, N) int64 -> (B, N, X) int64, as `ngrams.followers`; places are not hashed, none is lost."""
-        told: list[Tensor] = []
-        found = []
-        for order in self.orders:
-            if self.runs:
-                told += runs(hashes(ids, order), ids, order, self.ranks)
-                continue
-            at = before = latest(hashes(ids, order), order)
-            for rank in range(self.ranks):
-                if rank:  # the latest occurrence before the one behind which `at` is
-                    at = torch.where(at > 0, before.gather(1, (at - 1).clamp(min=0)), -1)
-                found.append(at)
-        found += [latest(keys, 1) for keys in word_keys(ids, self.words)]
-        told += [torch.where(at > 0, ids.gather(1, at.clamp(min=0)), ngrams.NOTHING) for at in found]
-        return torch.stack(told, -1)
-
-
-@functools.cache
-def word_tables(length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Which characters words are made of (256,), and of an odd factor the powers 1 .. length, and their
-    inverses."""
-    letters = torch.zeros(256, dtype=torch.bool)
-    letters[[*range(48, 58), *range(65, 91), 95, *range(97, 123), *range(128, 256)]] = True
-    factor = 0x5851F42D4C957F2D
-    powers, inverse = (
-        torch.from_numpy(np.cumprod(np.full(length, f, np.uint64)).view(np.int64))
-        for f in (factor, pow(factor, -1, 1 << 64))
-    )
-    return letters.to(device), powers.to(device), inverse.to(device)
-
-
-def word_keys(ids: Tensor, words: Sequence[int]) -> list[Tensor]:
-    """ids (B, N) int64 -> for each W (B, N) int64: of the token so far and the W words before it."""
-    letters, powers, inverse = word_tables(ids.shape[1], ids.device)
-    is_word, here = letters[ids], torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    starts = F.pad(is_word[:, 1:] != is_word[:, :-1], (1, 0), value=True)
-    start = torch.where(starts, here, 0).cummax(1).values  # of the token that each is in
-    # The hash of characters a..b is the difference of two sums, brought to one power of the odd factor.
-    sums = F.pad(((ids + 1) * powers).cumsum(1), (1, 0))
-
-    def hashed(first: Tensor, last: Tensor) -> Tensor:
-        parts = sums.gather(1, last + 1) - sums.gather(1, first)
-        return parts * inverse[first]
-
-    # The latest word that ended before each place, -1 for none.
-    ends = is_word & F.pad(starts[:, 1:], (0, 1), value=False)
-    # (B, N + 1), before place j
-    ended = F.pad(torch.where(ends, here, -1).cummax(1).values, (1, 0), value=-1)
-    key, at, keys = hashed(start, here), ended.gather(1, start), []
-    for count in range(max(words, default=-1) + 1):
-        if count in words:
-            keys.append(key)
-        begun = start.gather(1, at.clamp(min=0))
-        word = torch.where(at >= 0, hashed(begun, at.clamp(min=0)), 0)
-        key = (key ^ (key >> 29)) * ngrams.MIX + word
-        at = torch.where(at >= 0, ended.gather(1, begun), -1)
-    return keys
-
-
-def tell(model: Butterfly, contexts: Contexts) -> None:
-    """Give an untrained model such inputs, in place."""
-    nothing = ngrams.NOTHING + 1
-    rows, size = len(contexts) * nothing, model.config.hidden_size
-    # The optimiser goes by the name.
-    model.ngram = nn.Embedding(rows, size, _weight=torch.zeros(rows, size))
-
-    def embed(ids: Tensor, *rest: Any) -> Tensor:
-        ids = ids.long()
-        found, x = contexts.followers(ids), F.embedding(ids, model.embed.weight)
-        for o in range(len(contexts)):
-            x = x + F.embedding(found[..., o] + o * nothing, cast(nn.Embedding, model.ngram).weight)
-        return cast(Tensor, model.embed_norm(x.to(model.compute_dtype)))
-
-    model._embed = embed  # type: ignore[method-assign, assignment]
-    model.prefill_slice = 1 << 20  # slices of a layer know nothing of what stood before
-
-
 ATTENDS: dict[str, type[Layer]] = {"partner": Layer, "heads": StrideForEachHead} | {
     name: type("SeveralChunks", (SeveralChunks,), {"reads": name}) for name in DISTANCES
 }
@@ -339,7 +214,6 @@ def builder(
     attends: str = "partner",
     taps: bool = False,
     looks: Sequence[int] = (),
-    contexts: Contexts | None = None,
 ) -> Callable[[ButterflyConfig], Butterfly]:
     """What makes the model of a variant. ValueError for what it cannot be: a twin has no strides."""
     if looks and twin != "butterfly":
@@ -374,10 +248,6 @@ def builder(
 
             model._embed = remember  # type: ignore[method-assign, assignment]
             model.prefill_slice = 1 << 20  # slices of a layer know nothing of lookups
-        if contexts is not None:
-            if looks or config.ngram_orders:
-                raise ValueError("no contexts beside looks or ngram_orders: give `orders` of the contexts")
-            tell(model, contexts)
         if strides != "powers":
             found = iter(STRIDES[strides](config.num_passes, config.num_levels, seed))
             model.routes = tuple(
@@ -434,23 +304,19 @@ def compare(options: argparse.Namespace) -> None:
             carry_size=options.width // 4,
             num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2, ngram_orders=(),
         )  # fmt: skip
-        special = ("twin", "strides", "attends", "taps", "looks", "contexts")
+        special = ("twin", "strides", "attends", "taps", "looks")
         own = {key: model_changes[key] for key in model_changes if key not in special}
         model_config = ButterflyConfig.from_dict(model_config.to_dict() | own)
         twin, strides = model_changes.get("twin", "butterfly"), model_changes.get("strides", "powers")
         attends = model_changes.get("attends", "partner")
         seed, taps = run_changes.get("seed", 0), model_changes.get("taps", False)
-        looks, contexts = model_changes.get("looks", ()), model_changes.get("contexts")
-        fields = [field.name for field in dataclasses.fields(Contexts)]
-        if unknown := set(contexts or ()) - {*fields}:
-            raise ValueError(f"no contexts {', '.join(sorted(unknown))}: there are {', '.join(fields)}")
-        followed = None if contexts is None else Contexts(**contexts)
-        build = builder(twin, strides, seed, attends, taps, looks, followed)
+        looks = model_changes.get("looks", ())
+        build = builder(twin, strides, seed, attends, taps, looks)
         # Before its kernels are imported; they are tuned anew for every length otherwise, for minutes.
         if tuned := twin in twins.RECURRENT and torch.cuda.is_available():
             peers.tune_quickly()
         # A twin is told of n-grams where that is asked for.
-        told = twin != "butterfly" and model_config.ngram_orders
+        told = twin != "butterfly" and model_config.num_contexts
         model_config = twins.twin_config(f"{twin}+n-grams" if told else twin, model_config)
         lengths = growing(first, options.length)
         with tempfile.TemporaryDirectory() as out:

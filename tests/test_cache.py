@@ -23,6 +23,7 @@ VARIANTS = {
     "local chunks": {"local_chunks": 3, "num_kv_heads": 1},
     "local chunks in every second layer": {"local_chunks": 3, "local_every": 2},
     "n-grams": NGRAMS,
+    "n-grams and words": NGRAMS | {"ngram_words": 2, "ngram_ranks": 3},
 }
 L = 16
 PAST = [1, L - 1, L, 5 * L, 9 * L + 3, 25 * L]

@@ -20,6 +20,7 @@ VARIANTS = {
     "local chunks": {"local_chunks": 2},
     "local chunks in every second layer": {"local_chunks": 3, "local_every": 2},
     "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
+    "n-grams and words": {"ngram_orders": (1, 2), "ngram_words": 2, "ngram_ranks": 3, "ngram_slots": 4096},
 }
 gpu = pytest.param("cuda", marks=pytest.mark.gpu)
 

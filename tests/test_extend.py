@@ -187,11 +187,31 @@ def test_a_model_told_of_ngrams_writes_the_same_at_first(
         main(["export", str(tmp_path / "told"), *options, str(tmp_path / "twice")])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert (
-        "the model is told of n-grams [1, 2, 3] already, and cannot be of [1, 2, 3] too" in said
-        and said.count("\n") == 1
+    assert said.count("\n") == 1 and (
+        "the model is told of n-grams [1, 2, 3] and 0 of words with 1 rank(s) already, and n-grams [1, 2, 3] "
+        "and 0 of words with 1 rank(s) is no more" in said
     )
     assert not (tmp_path / "twice").exists()
+
+
+def test_a_model_told_of_more_keeps_what_it_knows(tmp_path: Path) -> None:
+    """Orders between those it has, words and ranks: the rows of before stand where they are asked for now."""
+    config = ButterflyConfig.preset("micro", ngram_orders=(2, 5), ngram_words=1, ngram_ranks=2)
+    model = random_model(config)
+    told = extend_ngrams(model, (1, 3), 3, 4)
+    assert told.config == dataclasses.replace(config, ngram_orders=(1, 2, 3, 5), ngram_words=3, ngram_ranks=4)
+    ids = torch.randint(7, (2, 100), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(told(ids), model(ids))
+    for table, count in ((told, 7 * 4), (model, 3 * 2)):
+        assert table.ngram is not None and table.ngram.weight.shape == (count * 257, config.hidden_size)
+    save_model(model, tmp_path / "plain", dtype="float32")
+    options = ["--ngram-words", "2", "--ngram-ranks", "3", "--dtype", "float32", "--out"]
+    main(["export", str(tmp_path / "plain"), *options, str(tmp_path / "told")])
+    extended = load_pretrained(tmp_path / "told")
+    assert extended.config == dataclasses.replace(config, ngram_words=2, ngram_ranks=3)
+    torch.testing.assert_close(extended(ids), model(ids))
+    with pytest.raises(ValueError, match="is no more"):
+        extend_ngrams(model, (5,), 0, 1)
 
 
 def test_a_model_given_local_chunks_keeps_its_parameters_and_the_first_chunk(

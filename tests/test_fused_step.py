@@ -22,6 +22,7 @@ SHAPES = {
     "carry with three heads": {"carry_heads": 3, "carry_size": 24},
     "xor_causal, no carry": {"routing": "xor_causal", "carry_size": 0, "rope_theta": None},
     "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
+    "n-grams and words": {"ngram_orders": (1, 2), "ngram_words": 2, "ngram_ranks": 3, "ngram_slots": 4096},
 }  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def text(length: int, batch: int) -> torch.Tensor:
 @kernels
 @pytest.mark.parametrize(
     ("shape", "batch", "past"),
-    list(zip(SHAPES, (1, 3, 2, 2, 2, 2, 1, 2, 3), (79, 14, 50, 90, 30, 94, 65, 47, 60), strict=True)),
+    list(zip(SHAPES, (1, 3, 2, 2, 2, 2, 1, 2, 3, 2), (79, 14, 50, 90, 30, 94, 65, 47, 60, 61), strict=True)),
 )
 def test_the_fused_step_is_the_step(shape: str, batch: int, past: int) -> None:
     model = random_model(ButterflyConfig.preset("micro", **{"num_passes": 1, **SHAPES[shape]})).to(DEVICE)

@@ -38,7 +38,9 @@ from butterfly_llm.hf import (
 from butterfly_llm.model import Butterfly
 from conftest import random_model
 
-CONFIG = ButterflyConfig.preset("micro", ngram_orders=(1, 2, 3), ngram_slots=4096)
+CONFIG = ButterflyConfig.preset(
+    "micro", ngram_orders=(1, 2, 3), ngram_words=2, ngram_ranks=2, ngram_slots=4096
+)
 ALL = bytes(range(256)).decode("latin-1")
 LONG = 5 * CONFIG.chunk_size + 3  # characters: partners of stride 1, 2 and 4 exist
 

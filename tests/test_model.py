@@ -28,6 +28,7 @@ VARIANTS = {
     "local chunks": dataclasses.replace(MICRO, local_chunks=2, num_kv_heads=1),
     "local chunks in every second layer": dataclasses.replace(MICRO, local_chunks=3, local_every=2),
     "n-grams": dataclasses.replace(MICRO, ngram_orders=(1, 2, 5), ngram_slots=4096),
+    "n-grams and words": dataclasses.replace(MICRO, ngram_orders=(1, 2), ngram_words=2, ngram_ranks=3),
 }
 
 

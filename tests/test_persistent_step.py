@@ -22,6 +22,7 @@ SHAPES = {
         "routing": "xor_causal", "feed_forward": "swiglu", "carry_size": 0, "rope_theta": None,
     },
     "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
+    "n-grams and words": {"ngram_orders": (1, 2), "ngram_words": 2, "ngram_ranks": 3, "ngram_slots": 4096},
     "local chunks": {"local_chunks": 11, "num_kv_heads": 1},
     "local chunks in every second layer": {"local_chunks": 3, "local_every": 2},
     "local chunks, no carry": {"local_chunks": 2, "carry_size": 0},
@@ -38,7 +39,7 @@ def text(length: int) -> torch.Tensor:
 
 @kernels
 @pytest.mark.parametrize(
-    ("shape", "past"), list(zip(SHAPES, (79, 14, 50, 30, 65, 47, 60, 200, 92, 21), strict=True))
+    ("shape", "past"), list(zip(SHAPES, (79, 14, 50, 30, 65, 47, 60, 61, 200, 92, 21), strict=True))
 )
 def test_the_persistent_step_is_the_step(shape: str, past: int) -> None:
     model = random_model(ButterflyConfig.preset("micro", **{"num_passes": 1, **SHAPES[shape]})).to(DEVICE)

@@ -17,7 +17,7 @@ from butterfly_llm.config import ButterflyConfig, TrainConfig
 from butterfly_llm.corpus import Corpus
 from butterfly_llm.curriculum import LONG_VALUES, MOST_PAIRS, curriculum, plant_pairs
 from butterfly_llm.model import Butterfly
-from butterfly_llm.ngrams import NOTHING, followers
+from butterfly_llm.ngrams import NOTHING, Contexts, followers
 from butterfly_llm.recall import Needles, at_hops, evaluate_recall, plant
 from butterfly_llm.routing import hops
 from butterfly_llm.tasks import evaluate_task
@@ -110,7 +110,7 @@ class Repeater(Oracle):
 
     def hidden(self, ids: Tensor, told: Any = None) -> Tensor:
         config = self.config
-        found = followers(ids, config.ngram_orders, config.ngram_slots) if told is None else told(ids)
+        found = followers(ids, Contexts.of(config)) if told is None else told(ids)
         self.said = int((found[..., 0] != NOTHING).sum())
         return found[..., :1].clamp(max=255)
 
@@ -261,7 +261,7 @@ def test_no_lookup_answers_a_reworded_question() -> None:
         for seed in range(10):
             text, answers = plant(TEXT[:4097], needles, generator(seed), within(8))
             ids = torch.from_numpy(text.astype(np.int64))[None]
-            told = followers(ids, orders, 1 << 16)[0]
+            told = followers(ids, Contexts(orders, slots=1 << 16))[0]
             for answer in answers:
                 before = bytes(text[answer.start - 4 : answer.start])
                 assert before[3:] == (b"=" if found else b":") and chr(text[answer.fact - 1]) == "="

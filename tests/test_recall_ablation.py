@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -148,81 +146,6 @@ def test_latest_is_behind_where_the_last_characters_stood_before(ablation: Modul
             assert at == (earlier + 2 if earlier >= 0 else -1), (text, i)
 
 
-def test_contexts_tell_what_followed_the_latest_occurrences(ablation: ModuleType) -> None:
-    text = b"abcabxabcabyab" + bytes(torch.randint(3, (30,)).tolist())
-    found = ablation.Contexts(orders=[1, 2], ranks=3).followers(torch.tensor([list(text)]))[0].tolist()
-    for i, row in enumerate(found):
-        wanted = []
-        for order in (1, 2):
-            end = i
-            for _ in range(3):
-                end = text.rfind(text[i + 1 - order : i + 1], 0, end) + order - 1 if end >= order else -1
-                end = -1 if end < order - 1 else end
-                wanted.append(256 if end < 0 or i + 1 < order else text[end + 1])
-        assert row == wanted, i
-
-
-def test_contexts_tell_runs_of_equal_followers(ablation: ModuleType) -> None:
-    text = b"abcabcabxabcabyabyabab" + bytes(torch.randint(3, (60,)).tolist())
-    contexts = ablation.Contexts(orders=[1, 2], ranks=2, runs=True)
-    found = contexts.followers(torch.tensor([list(text), list(text[::-1])]))
-    assert found.shape == (2, len(text), len(contexts))
-    for row, read in zip(found.tolist(), (text, text[::-1]), strict=True):
-        for i, told in enumerate(row):
-            wanted = []
-            for order in (1, 2):
-                ends = range(order - 1, i) if i + 1 >= order else ()
-                here = read[i + 1 - order : i + 1]
-                after = [read[j + 1] for j in ends if read[j + 1 - order : j + 1] == here]
-                each = [(follower, len(list(alike))) for follower, alike in itertools.groupby(after)][::-1]
-                followers = [follower for follower, _ in each[:2]]
-                wanted += [*followers, *[256] * (2 - len(followers)), min(each[0][1], 7) if each else 256]
-            assert told == wanted, i
-
-
-def test_contexts_of_words_do_not_see_what_stands_between(ablation: ModuleType) -> None:
-    text = b"the big cat, the rig can, the (big) cow; the-BIG cat and a big cat the big cat" + b" big co"
-    tokens = [(m.start(), m.end()) for m in re.finditer(rb"\w+|\W+", text)]
-
-    def context(i: int, count: int) -> tuple[bytes, ...]:
-        start = next(a for a, b in tokens if a <= i < b)
-        words = [text[a:b] for a, b in tokens if b <= start and text[a : a + 1].isalnum()]
-        return text[start : i + 1], *(words[-count:] if count else ())
-
-    found = ablation.Contexts(words=[0, 1, 2]).followers(torch.tensor([list(text)]))[0].tolist()
-    known = 0
-    for i, row in enumerate(found):
-        for count, followed in enumerate(row):
-            alike = [j for j in range(i) if context(j, count) == context(i, count)]
-            assert followed == (text[alike[-1] + 1] if alike else 256), (i, count)
-            known += bool(alike) and count == 2
-    assert known > 5
-
-
-def test_a_model_is_told_of_contexts_by_embeddings_of_zero(ablation: ModuleType) -> None:
-    plain = ablation.builder("butterfly", "powers", 0)(NANO)
-    contexts = ablation.Contexts(orders=[3, 4], ranks=2, words=[1])
-    model = ablation.builder("butterfly", "powers", 0, contexts=contexts)(NANO)
-    assert model.num_parameters() == plain.num_parameters() + 5 * 257 * 32
-    model.load_state_dict(plain.state_dict(), strict=False)
-    ids = torch.randint(256, (1, 60), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
-    torch.testing.assert_close(model._embed(ids), plain._embed(ids))
-    assert model.ngram is not None
-    with torch.no_grad():
-        model.ngram.weight.normal_(generator=torch.Generator().manual_seed(1))
-    told, other = model._embed(ids), plain._embed(ids)
-    assert (told[0, 63:] - other[0, 63:]).abs().amax(1).min() > 1e-3  # what stood before is told
-    reference = ablation.builder("butterfly", "powers", 0)(dataclasses.replace(NANO, ngram_orders=(3, 4)))
-    reference.load_state_dict(plain.state_dict(), strict=False)
-    one = ablation.builder("butterfly", "powers", 0, contexts=ablation.Contexts(orders=[3, 4]))(NANO)
-    one.load_state_dict(reference.state_dict())
-    with torch.no_grad():
-        one.ngram.weight.copy_(model.ngram.weight[: 2 * 257])
-        reference.ngram.weight.copy_(model.ngram.weight[: 2 * 257])
-    # One rank of each n: what the model itself has.
-    torch.testing.assert_close(one._embed(ids), reference._embed(ids))
-
-
 def test_a_layer_that_looks_reads_behind_where_the_text_stood_before(ablation: ModuleType) -> None:
     plain = ablation.builder("butterfly", "powers", 0)(NANO)
     model = ablation.builder("butterfly", "powers", 0, looks=(4,))(NANO)
@@ -294,13 +217,6 @@ def test_variants_are_trained_and_asked(
         ("x:strides='random',twin='full'", "a butterfly has one of powers, "),
         ("x:taps=true,twin='mamba2'", "no taps for mamba2"),
         ("x:looks=[3],twin='full'", "no looks for full"),
-        ("x:ngram_orders=[3],contexts={orders=[3]}", "no contexts beside looks or ngram_orders"),
-        ("x:contexts={order=[3]}", "no contexts order: there are orders, ranks, runs, words"),
-        ("x:contexts={orders=[3],ranks=0}", "contexts: ranks 0 must be 1 or more, runs False a bool"),
-        (
-            "x:contexts={orders=[3],runs='yes'}",
-            "contexts: ranks 1 must be 1 or more, runs 'yes' a bool",
-        ),
         ("x:twin='mamba2',ngram_orders=[3]", "unknown twin 'mamba2+n-grams': there are "),
         ("x:looks=[99]", "no looks [99]: there are layers 0 to 13"),
         ("x:attends='all'", "a butterfly has one of partner, heads, partner and before"),

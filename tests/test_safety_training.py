@@ -127,10 +127,12 @@ def test_no_field_of_the_model_may_change(settings: TrainConfig, name: str) -> N
         "num_long_passes": {"num_long_levels": 9},
         "num_long_levels": {"num_long_passes": 1, "num_long_levels": 9},
         "local_every": {"local_chunks": 1},
+        "ngram_ranks": {"ngram_words": 1},
     }
     changes = {name: new} | also.get(name, {})
     first = {
         "num_kv_heads": "num_heads", "num_long_levels": "num_long_passes", "local_every": "local_chunks",
+        "ngram_ranks": "ngram_words",
     }  # fmt: skip
     named = first.get(name, name)
     state = TrainingState(Path("step-9"), NANO, {}, {}, {"train": settings.to_dict()})

@@ -26,6 +26,7 @@ CONFIGS = {
     "local chunks": {"local_chunks": 2},
     "local chunks in every second layer": {"local_chunks": 3, "local_every": 2},
     "n-grams": {"ngram_orders": (1, 2, 3), "ngram_slots": 4096},
+    "n-grams and words": {"ngram_orders": (1, 2), "ngram_words": 2, "ngram_ranks": 3, "ngram_slots": 4096},
 }
 
 

@@ -49,6 +49,7 @@ def folder(model: Butterfly, tmp_path: Path) -> Path:
         {"local_chunks": 2},
         {"local_chunks": 3, "local_every": 2},
         {"ngram_orders": (1, 2), "ngram_slots": 256},
+        {"ngram_orders": (1, 2), "ngram_slots": 256, "ngram_words": 2, "ngram_ranks": 3},
     ],
 )
 @pytest.mark.parametrize("length", [1, 15, 16, 100, 3 * REACH + 5])

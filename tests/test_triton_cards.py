@@ -126,8 +126,9 @@ def test_the_step_in_one_launch_waits_in_instructions_of_the_card(
     assert ("cp.async.bulk.prefetch.L2" in ptx) == (capability == 90)
 
 
+@pytest.mark.parametrize(("words", "ranks"), [(0, 1), (3, 3)])
 @pytest.mark.parametrize("capability", [75, 90, 120])
-def test_the_lookup_of_ngrams_compiles_with_whole_hashes(capability: int) -> None:
+def test_the_lookup_of_ngrams_compiles_with_whole_hashes(capability: int, words: int, ranks: int) -> None:
     """Hashes are 64 bits wide: their product is, and no order of the loads and stores is left to chance."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -136,9 +137,12 @@ def test_the_lookup_of_ngrams_compiles_with_whole_hashes(capability: int) -> Non
     from butterfly_llm.ops.triton_ngrams_kernel import ngram_kernel
 
     constants = {
-        "WIDTH": 256, "ORDERS": 7, "SLOTS": 2**21, "R": ngrams.HISTORY, "MIX": ngrams.MIX, "BLOCK": 256,
+        "WIDTH": 256, "ORDERS": 7, "WORDS": words, "RANKS": ranks, "SLOTS": 2**21, "R": ngrams.HISTORY,
+        "MIX": ngrams.MIX, "BASE": ngrams.BASE, "BLOCK": 256,
     }  # fmt: skip
-    kinds = {"entries_ptr": "*i32"} | dict.fromkeys(("embed_ptr", "ngram_ptr", "out_ptr"), "*bf16")
+    kinds = {"entries_ptr": "*i32" if ranks == 1 else "*i64"} | dict.fromkeys(
+        ("embed_ptr", "ngram_ptr", "out_ptr"), "*bf16"
+    )
     names = ngram_kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*i64") for name in names}
     source = ASTSource(ngram_kernel, signature, constexprs=constants)

@@ -65,7 +65,7 @@ def test_a_twin_is_told_of_n_grams_where_its_name_says_so(name: str) -> None:
     assert model.config.rope_theta == plain.config.rope_theta
     ours = Butterfly(told).num_parameters()
     assert model.num_parameters() == pytest.approx(ours, rel=0.02)
-    with pytest.raises(ValueError, match="the model has no ngram_orders"):
+    with pytest.raises(ValueError, match="the model has no ngram_orders and no ngram_words"):
         twin(name, dataclasses.replace(MICRO, ngram_orders=()))
 
 

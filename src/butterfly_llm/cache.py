@@ -17,7 +17,7 @@ from torch import Tensor
 
 from butterfly_llm import memory
 from butterfly_llm.config import ButterflyConfig
-from butterfly_llm.ngrams import NgramState, state_nbytes
+from butterfly_llm.ngrams import Contexts, NgramState, state_nbytes
 from butterfly_llm.rings import ForkedRing, QuantisedRing, Ring
 from butterfly_llm.routing import LayerRoute, schedule
 
@@ -46,7 +46,7 @@ def cache_nbytes(config: ButterflyConfig, batch_size: int = 1, dtype: torch.dtyp
         rows += chars * 2 * config.num_kv_heads + lanes * (2 if config.carry_heads else 1)
         values += chars * 2 * config.num_kv_heads * config.head_dim + lanes * config.carry_width
     scales = 4 * rows if dtype == torch.int8 else 0
-    ngrams = state_nbytes(config.ngram_orders, config.ngram_slots)
+    ngrams = state_nbytes(Contexts.of(config))
     return batch_size * (values * dtype.itemsize + scales + ngrams)
 
 
@@ -125,8 +125,8 @@ class Cache:
             keys, values = (ring(*shape, local=config.local_of(route.index)) for _ in range(2))
             layers.append((keys, values, carry))
         cache = cls._of(config, 0, layers, paged=dtype == torch.int8)
-        if config.ngram_orders:
-            cache.ngrams = NgramState.new(config.ngram_orders, config.ngram_slots, batch_size, device)
+        if config.num_contexts:
+            cache.ngrams = NgramState.new(Contexts.of(config), batch_size, device)
         return cache
 
     @classmethod

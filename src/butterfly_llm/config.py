@@ -14,6 +14,7 @@ FeedForward = Literal["relu2", "swiglu"]
 VOCAB_SIZE = 256
 MAX_REPETITION_WINDOW = 65_536
 MAX_ORDER = 63  # of n-grams
+MAX_WORDS, MAX_RANKS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,14 @@ class ButterflyConfig:
     ngram_orders: tuple[int, ...] = ()
     """Numbers n, rising, at most 63: an input of each character is what followed the last n characters when
     they stood before, for each n. Empty: no such input."""
+    ngram_words: int = 0
+    """Likewise what followed the token so far, alone and behind the same one, two .. words whatever stood
+    between them: so many inputs, at most 8."""
+    ngram_ranks: int = 1
+    """What followed the latest so many of these places, at most 4, each an input."""
     ngram_slots: int = 2**21
-    """Places for n-grams that a stream keeps for each n, 4 bytes each; a power of two."""
+    """Places that a stream keeps for each of these n and words, 4 bytes each, 8 where there are more ranks; a
+    power of two."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -115,12 +122,20 @@ class ButterflyConfig:
         if self.local_every > 1 and not self.local_chunks:
             raise ValueError(f"config: local_every {self.local_every} must be 1 without local_chunks")
         object.__setattr__(self, "ngram_orders", _orders(self.ngram_orders))
+        if self.ngram_words > MAX_WORDS:
+            raise ValueError(f"config: ngram_words {self.ngram_words} must be at most {MAX_WORDS}")
+        if self.ngram_ranks > (MAX_RANKS if self.num_contexts else 1):
+            raise ValueError(
+                f"config: ngram_ranks {self.ngram_ranks} must be at most {MAX_RANKS}, "
+                "1 without ngram_orders and ngram_words"
+            )
         if self.ngram_slots & (self.ngram_slots - 1) or not 16 <= self.ngram_slots <= 2**22:
             raise ValueError(
                 f"config: ngram_slots {self.ngram_slots} must be a power of two from 16 to {2**22}"
             )
-        if self.ngram_orders and self.routing == "xor":
-            raise ValueError("config: ngram_orders must be empty for routing xor, which reads both ways")
+        if self.num_contexts and self.routing == "xor":
+            name = "ngram_orders" if self.ngram_orders else "ngram_words"
+            raise ValueError(f"config: {name} must be empty for routing xor, which reads both ways")
         if self.max_levels > 24:
             raise ValueError(f"config: {self.max_levels} levels are above 24 (2 billion characters)")
         if not 1 <= self.num_layers <= _MAX_LAYERS:
@@ -165,6 +180,11 @@ class ButterflyConfig:
     def local_of(self, index: int) -> int:
         """Chunks just before its own that a chunk reads in layer `index` of the model."""
         return self.local_chunks if index % self.local_every == self.local_every - 1 else 0
+
+    @property
+    def num_contexts(self) -> int:
+        """Of how many contexts each character is told what followed them."""
+        return len(self.ngram_orders) + self.ngram_words
 
     @property
     def carry_width(self) -> int:
@@ -231,7 +251,7 @@ _MAX_LAYERS = 512
 _MAX_LOCAL = 64
 _MAY_BE_ZERO = frozenset({
     "num_local_layers", "num_passes", "num_extra_levels", "num_long_passes", "num_long_levels",
-    "num_refine_layers", "local_chunks", "carry_size", "carry_heads",
+    "num_refine_layers", "local_chunks", "carry_size", "carry_heads", "ngram_words",
 })  # fmt: skip
 
 _NGRAMS = (3, 4, 6, 8, 12, 16, 24)

@@ -20,6 +20,7 @@ import torch
 from butterfly_llm.cache import routes_of
 from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.model import Butterfly
+from butterfly_llm.ngrams import NOTHING, Contexts
 
 
 def extend_levels(model: Butterfly, num_levels: int, num_passes: int | None = None) -> Butterfly:
@@ -61,20 +62,39 @@ def extend_levels(model: Butterfly, num_levels: int, num_passes: int | None = No
     return extended
 
 
-def extend_ngrams(model: Butterfly, orders: tuple[int, ...]) -> Butterfly:
-    """A copy of `model` that is told what followed n-grams, on its device: rows of zeros, so nothing changes.
+def extend_ngrams(model: Butterfly, orders: tuple[int, ...], words: int = 0, ranks: int = 1) -> Butterfly:
+    """A copy of `model` that is told more of what followed, on its device: rows of zeros, so nothing changes.
 
-    orders: as `ButterflyConfig.ngram_orders`. ValueError for a model that has them already.
+    orders, words and ranks: as `ButterflyConfig.ngram_orders` and so on; those that the model has stay, with
+    as many ranks at least. ValueError where that would be no more than it has.
     """
-    if model.config.ngram_orders or not orders:
-        had, asked = list(model.config.ngram_orders), list(orders)
-        raise ValueError(f"extend: the model is told of n-grams {had} already, and cannot be of {asked} too")
+    config = model.config
+    had, asked = Contexts.of(config), Contexts(orders, words, ranks)
+    wanted = dataclasses.replace(
+        config, ngram_orders=tuple(sorted({*had.orders, *orders})), ngram_words=max(had.words, words),
+        ngram_ranks=max(had.ranks, ranks),
+    )  # fmt: skip
+    if wanted == config:
+        raise ValueError(
+            f"extend: the model is told of {_described(had)} already, and {_described(asked)} is no more"
+        )
     with torch.device(model.embed.weight.device), torch.random.fork_rng(devices=[]):
-        extended = Butterfly(dataclasses.replace(model.config, ngram_orders=orders))
-    missing = extended.load_state_dict(model.state_dict(), strict=False).missing_keys
-    assert missing == ["ngram.weight"]
+        extended = Butterfly(wanted)
+    assert extended.ngram is not None
+    extended.load_state_dict({**model.state_dict(), "ngram.weight": extended.ngram.weight})
+    with torch.no_grad():
+        if model.ngram is not None:
+            old = model.ngram.weight.view(len(had), had.ranks, NOTHING + 1, -1)
+            new = extended.ngram.weight.view(wanted.num_contexts, wanted.ngram_ranks, NOTHING + 1, -1)
+            every = Contexts.of(wanted).named
+            for row, name in enumerate(had.named):
+                new[every.index(name), : had.ranks] = old[row]
     extended.compute_dtype = model.compute_dtype
     return extended
+
+
+def _described(contexts: Contexts) -> str:
+    return f"n-grams {list(contexts.orders)} and {contexts.words} of words with {contexts.ranks} rank(s)"
 
 
 def extend_local(model: Butterfly, chunks: int, every: int = 1) -> Butterfly:

@@ -58,6 +58,7 @@ class Butterfly(nn.Module):
         self.gradient_checkpointing = False  # recompute in the backward pass, as `recompute` says
         self.recompute = Recompute()
         self._numpy: numpy_step.Weights | None = None
+        self._contexts = ngrams.Contexts.of(config)
         self.prefill_slice: int | None = None  # characters per pass through the layers; None: by memory
         has_carry = config.carry_size > 0
         self.embed = nn.Embedding(
@@ -66,8 +67,8 @@ class Butterfly(nn.Module):
             _weight=torch.empty(config.vocab_size, config.hidden_size),
         )
         self.ngram = None
-        if config.ngram_orders:  # of each n a row a character, and one for nothing
-            rows = len(config.ngram_orders) * (ngrams.NOTHING + 1)
+        if config.num_contexts:  # of each follower a row a character, and one for nothing
+            rows = config.num_contexts * config.ngram_ranks * (ngrams.NOTHING + 1)
             self.ngram = nn.Embedding(rows, config.hidden_size, _weight=torch.zeros(rows, config.hidden_size))
         self.embed_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(
@@ -113,7 +114,7 @@ class Butterfly(nn.Module):
         self._merge = torch.compile(CarryMerge.forward, dynamic=False)
 
     def _embed(self, ids: Tensor, followers: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Integer ids (...) -> (..., d). followers: ids -> (..., O); None: those in whole texts (B, N)."""
+        """Integer ids (...) -> (..., d). followers: ids -> (..., F); None: those in whole texts (B, N)."""
         if ids.numel() == 0:
             raise ValueError("no characters: ids is empty")
         if ids.dtype not in (torch.uint8, torch.int32, torch.int64):
@@ -121,10 +122,10 @@ class Butterfly(nn.Module):
         ids = ids.long()
         x = F.embedding(ids, self.embed.weight)
         if self.ngram is not None:
-            orders, slots = self.config.ngram_orders, self.config.ngram_slots
-            found = ngrams.followers(ids, orders, slots) if followers is None else followers(ids)
-            for o in range(len(orders)):
-                x = x + F.embedding(found[..., o] + o * (ngrams.NOTHING + 1), self.ngram.weight)
+            found = ngrams.followers(ids, self._contexts) if followers is None else followers(ids)
+            first = torch.arange(0, len(self.ngram.weight), ngrams.NOTHING + 1, device=ids.device)
+            rows = (found + first).flatten(0, -2)  # of one table, summed at once
+            x = x + F.embedding_bag(rows, self.ngram.weight, mode="sum").view_as(x)
         return cast(Tensor, self.embed_norm(x.to(self.compute_dtype)))
 
     def _angles(self, position: int | Tensor, ids: Tensor) -> Angles | None:
@@ -168,7 +169,7 @@ class Butterfly(nn.Module):
     def hidden(self, ids: Tensor, followers: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """ids (B, N) -> normalised hidden states (B, N, d) in the compute dtype.
 
-        followers: ids -> (B, N, O), in place of what `ngrams.followers` finds.
+        followers: ids -> (B, N, F), in place of what `ngrams.followers` finds.
         """
         if ids.ndim != 2:
             raise ValueError(f"ids must be (batch, characters), not {tuple(ids.shape)}")
@@ -294,9 +295,8 @@ class Butterfly(nn.Module):
         attend = prefill_attention_triton if backend == "triton" else prefill_attention
         angles = self._angles(cache.position, ids)
         known = partial(
-            ngrams.followers, orders=self.config.ngram_orders, slots=self.config.ngram_slots,
-            state=cache.ngrams, position=cache.position,
-        )  # fmt: skip
+            ngrams.followers, contexts=self._contexts, state=cache.ngrams, position=cache.position
+        )
         x = self._embed(ids, known)
         x = self._stream(x, cache.position, cache.rings(), angles, attend, partner_rows_prefill, backend)
         cache.position += ids.shape[1]
@@ -399,7 +399,7 @@ class Butterfly(nn.Module):
         arrays = [cache.arrays() for cache in caches]
         weights = self._numpy_weights()
         followers = [
-            ngrams.step_numpy(character, cache.position, cache.ngrams.orders, *cache.ngrams.arrays())
+            ngrams.step_numpy(character, cache.position, self._contexts, *cache.ngrams.arrays())
             for character, cache in zip(characters, caches, strict=True)
             if cache.ngrams is not None
         ]

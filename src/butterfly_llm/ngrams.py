@@ -1,18 +1,23 @@
-"""What followed the last time: after each character, for each of several n, the character that came after the
-latest earlier occurrence of the last n characters. An input of the model, beside the characters themselves.
+"""What followed before: after each character, what came after the latest places in the text that look like
+this one. An input of the model, beside the characters themselves.
+
+A place looks like this one where the last n characters are the same, for each of several n (n-grams), or
+where the token so far and the word before it, or none, two .. words, are the same, whatever stands between
+them. Tokens are words, of letters, digits and `_`, and what stands between words.
 
 This is what an induction head of full attention finds, as a lookup: the cost of a character does not depend
 on how far back the passage stands. n-gram heads beside attention: E. Akyurek et al., "In-Context Language
 Learning: Architectures and Algorithms", 2024; here the lookup is hashed, so that a stream keeps a table of
-fixed size. A place of the table holds the newest n-gram that was hashed to it; another one that meets its
-place is forgotten. Reading whole sequences, in parts and one by one gives the same characters, bit by bit.
+fixed size. A slot of the table holds the newest context that was hashed to it, with its latest followers;
+another one that meets its slot is forgotten. Reading whole sequences, in parts and one by one gives the same
+characters, bit by bit.
 
-Shapes: B streams, T characters, R characters of history, O values of n, S places.
+Shapes: B streams, T characters, R characters of history, O contexts (the values of n, then none, one .. words
+before), K ranks (followers of each, the latest first), S slots, V numbers about words, Y that undo a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,12 +27,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from butterfly_llm.config import MAX_ORDER
+from butterfly_llm.config import MAX_ORDER, ButterflyConfig
 
 NOTHING = 256
-"""In place of a character, where the last n characters did not stand before."""
+"""In place of a character, where the context did not stand before."""
 HISTORY = MAX_ORDER + 1  # R
 TAG_BITS = 23
+_TAGS = (1 << TAG_BITS) - 1
+_OLDER = 8 + TAG_BITS  # the bit of an entry from which the followers before the latest stand, 9 bits each
 _BASE = 0x5851F42D4C957F2D  # of the polynomial that is a string's hash
 MIX = -0x61C8864680B583EB  # an odd number that spreads its bits
 
@@ -37,6 +44,12 @@ def _signed(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
+BASE = _signed(_BASE)
+# Of a word: letters and digits of ASCII, `_`, and all of Latin-1 beyond ASCII.
+_LETTERS = np.zeros(256, dtype=bool)
+_LETTERS[[*range(48, 58), *range(65, 91), 95, *range(97, 123), *range(128, 256)]] = True
+
+
 @cache
 def powers(order: int) -> tuple[int, ...]:
     """What the last character, the one before it .. of `order` are multiplied by; zeros up to R."""
@@ -44,51 +57,130 @@ def powers(order: int) -> tuple[int, ...]:
     return (*factors, *(0,) * (HISTORY - order))
 
 
-@dataclass
-class NgramState:
-    """What streams have read: the last characters and, for each n, what followed the n-grams."""
+@dataclass(frozen=True)
+class Contexts:
+    """Which contexts are looked up, how many of their followers are told: fields of a `ButterflyConfig`."""
 
     orders: tuple[int, ...]
-    history: Tensor  # (B, R) int64, the character at position p in place p mod R
-    entries: Tensor  # (B, O, S) int32, of a place: tag of the n-gram and what followed it; 0 for none
+    words: int = 0
+    ranks: int = 1
+    slots: int = 2**21
 
     @classmethod
-    def new(
-        cls, orders: tuple[int, ...], slots: int, batch_size: int, device: torch.device | str
-    ) -> NgramState:
+    def of(cls, config: ButterflyConfig) -> Contexts:
+        return cls(config.ngram_orders, config.ngram_words, config.ngram_ranks, config.ngram_slots)
+
+    def __len__(self) -> int:
+        """O."""
+        return len(self.orders) + self.words
+
+    @property
+    def named(self) -> tuple[tuple[str, int], ...]:
+        """(O,): which context stands where."""
+        return (*(("order", n) for n in self.orders), *(("words", w) for w in range(self.words)))
+
+    @property
+    def least(self) -> tuple[int, ...]:
+        """Characters that each context has at least."""
+        return (*self.orders, *(1,) * self.words)
+
+    @property
+    def entry_dtype(self) -> torch.dtype:
+        """Of an entry: what followed last, the tag, and for more ranks what followed before."""
+        return torch.int32 if self.ranks == 1 else torch.int64
+
+    @property
+    def word_numbers(self) -> int:
+        """V: the hash of the token so far, 1 for a word, and the hashes of the words before it, the latest
+        first; zeros before a text."""
+        return 1 + self.words if self.words else 0
+
+    @property
+    def undo_numbers(self) -> int:
+        """Y: the position of the last step, about words before and after it, and the entries it replaced. A
+        step of one rank and no words replaces what it wrote by itself."""
+        return 1 + 2 * self.word_numbers + len(self) if self.words or self.ranks > 1 else 0
+
+
+@dataclass
+class NgramState:
+    """What streams have read: the last characters and, for each context, what followed it."""
+
+    contexts: Contexts
+    history: Tensor  # (B, R) int64, the character at position p in place p mod R
+    entries: Tensor  # (B, O, S) int32 or int64, 0 for none
+    undo: Tensor  # (B, Y) int64
+
+    @classmethod
+    def new(cls, contexts: Contexts, batch_size: int, device: torch.device | str) -> NgramState:
         history = torch.zeros(batch_size, HISTORY, dtype=torch.int64, device=device)
-        entries = torch.zeros(batch_size, len(orders), slots, dtype=torch.int32, device=device)
-        return cls(orders, history, entries)
+        shape = batch_size, len(contexts), contexts.slots
+        entries = torch.zeros(shape, dtype=contexts.entry_dtype, device=device)
+        undo = torch.zeros(batch_size, contexts.undo_numbers, dtype=torch.int64, device=device)
+        return cls(contexts, history, entries, undo)
 
     def clone(self) -> NgramState:
-        return NgramState(self.orders, self.history.clone(), self.entries.clone())
+        return NgramState(self.contexts, self.history.clone(), self.entries.clone(), self.undo.clone())
 
     def rows(self, rows: slice | Tensor) -> NgramState:
         """Of some of the streams: a view for a slice, a copy for their numbers."""
-        return NgramState(self.orders, self.history[rows], self.entries[rows])
+        return NgramState(self.contexts, self.history[rows], self.entries[rows], self.undo[rows])
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"ngrams.history": self.history, "ngrams.entries": self.entries}
+        tensors = {"ngrams.history": self.history, "ngrams.entries": self.entries}
+        return tensors | ({"ngrams.undo": self.undo} if self.undo.shape[1] else {})
 
-    def arrays(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """History (R,) and entries (O, S) of one stream on the CPU, sharing memory."""
-        return self.history[0].numpy(), self.entries[0].numpy()
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """History (R,), entries (O, S) and undo (Y,) of one stream on the CPU, sharing memory."""
+        return self.history[0].numpy(), self.entries[0].numpy(), self.undo[0].numpy()
 
     @property
     def nbytes(self) -> int:
-        return self.history.nbytes + self.entries.nbytes
+        return self.history.nbytes + self.entries.nbytes + self.undo.nbytes
+
+    def about_words(self) -> tuple[Tensor, Tensor]:
+        """Views (B, V) of `undo`: before the last step, and after it."""
+        size = self.contexts.word_numbers
+        return self.undo[:, 1 : 1 + size], self.undo[:, 1 + size : 1 + 2 * size]
+
+    def replaced(self) -> Tensor:
+        """View (B, O) of `undo`: the entries that the last step replaced."""
+        return self.undo[:, 1 + 2 * self.contexts.word_numbers :]
 
 
-def state_nbytes(orders: Sequence[int], slots: int) -> int:
+def state_nbytes(contexts: Contexts) -> int:
     """Bytes of the state of one stream."""
-    return 8 * HISTORY + 4 * len(orders) * slots if orders else 0
+    if not len(contexts):
+        return 0
+    entries = contexts.entry_dtype.itemsize * len(contexts) * contexts.slots
+    return 8 * (HISTORY + contexts.undo_numbers) + entries
 
 
 def _places(hashed: Any, slots: int) -> tuple[Any, Any]:
-    """int64 hashes, tensors or arrays -> places in the table, tags (1 to 2**23 - 1)."""
+    """int64 hashes, tensors or arrays -> slots of the table, tags (1 to 2**23 - 1)."""
     mixed = (hashed ^ ((hashed >> 32) & 0xFFFFFFFF)) * MIX
-    tags = ((mixed >> 16) & ((1 << TAG_BITS) - 1)) | 1
+    tags = ((mixed >> 16) & _TAGS) | 1
     return (mixed >> 42) & (slots - 1), tags
+
+
+def _pushed(entries: Any, tags: Any, characters: Any, ranks: int) -> Any:
+    """Entries, int64, after a context with such tags was followed by such characters."""
+    kept = (1 << 9 * (ranks - 1)) - 1
+    older = ((entries >> _OLDER) << 9 | (entries & 255) + 1) & kept
+    return (older * (entries >> 8 & _TAGS == tags)) << _OLDER | tags << 8 | characters
+
+
+def _ranks(entries: Tensor, tags: Tensor, first: Tensor | int, ranks: int) -> list[Tensor]:
+    """What followed, the latest first: of entries, int64, that are of contexts with such tags, beginning with
+    rank `first` of an entry; NOTHING where there are fewer, and where another context is held."""
+    held = torch.where(entries >> 8 & _TAGS == tags, entries, 0)
+    told = []
+    for rank in range(ranks):
+        at = torch.as_tensor(first + rank, device=held.device)
+        older = (held >> (_OLDER + 9 * (at - 1)).clamp(0, 62) & 511) - 1
+        follower = torch.where(at == 0, held & 255, older)
+        told.append(torch.where((held == 0) | (follower < 0), NOTHING, follower))
+    return told
 
 
 def hashes(text: Tensor, order: int) -> Tensor:
@@ -114,93 +206,208 @@ def hashes(text: Tensor, order: int) -> Tensor:
         length *= 2
 
 
+def _word_hashes(numbers: Any, words: int) -> list[Any]:
+    """numbers (..., V) about words -> (...) each, of the token so far and none, one .. words before it."""
+    found = [numbers[..., 0]]
+    for before in range(words - 1):
+        hashed = found[-1]
+        found.append((hashed ^ ((hashed >> 29) & 0x7FFFFFFFF)) * MIX + numbers[..., 2 + before])
+    return found
+
+
+def _next_word_numbers(ids: Tensor, numbers: Tensor) -> Tensor:
+    """numbers (B, V) about words, before characters ids (B,) -> those after them."""
+    kind = _letters(ids.device)[ids]
+    same = kind == numbers[:, 1]
+    ended = (~same & (numbers[:, 1] == 1))[:, None]
+    before = torch.where(ended, torch.cat([numbers[:, :1], numbers[:, 2:]], 1)[:, :-1], numbers[:, 2:])
+    hashed = torch.where(same, numbers[:, 0] * BASE, 0) + ids + 1
+    return torch.cat([hashed[:, None], kind[:, None], before], 1)
+
+
+def _word_numbers(ids: Tensor, numbers: Tensor) -> Tensor:
+    """numbers (B, V) about words, before texts ids (B, T) -> (B, T + 1, V), before and after each."""
+    chars, most = ids.shape[1], numbers.shape[1] - 2
+    kinds = torch.cat([numbers[:, 1:2], _letters(ids.device)[ids]], 1)
+    starts = kinds[:, 1:] != kinds[:, :-1]
+    here = torch.arange(chars, device=ids.device).expand_as(ids)
+    start = torch.where(starts, here, -1).cummax(1).values  # of the token that each is in, -1 before the text
+    # The hash of characters a..b is the difference of two sums, brought to one power of the base.
+    up, down = _base_powers(1 << chars.bit_length(), ids.device)
+    sums = torch.nn.functional.pad(((ids + 1) * down[:chars]).cumsum(1), (1, 0))
+    hashed = (sums[:, 1:] - sums.gather(1, start.clamp(min=0))) * up[:chars]
+    hashed = hashed + torch.where(start < 0, numbers[:, :1] * up[1 : chars + 1], 0)
+    hashed = torch.cat([numbers[:, :1], hashed], 1)
+    # The words one after the other, those of before first; what ends no word goes to the last place.
+    ended = starts & (kinds[:, :-1] == 1)
+    count = torch.nn.functional.pad(ended.cumsum(1), (1, 0))
+    every = torch.cat([numbers[:, 2:].flip(1), numbers.new_zeros(len(ids), chars + 1)], 1)
+    every.scatter_(1, torch.where(ended, most + count[:, :-1], most + chars), hashed[:, :-1])
+    before = [every.gather(1, most + count - back) for back in range(1, most + 1)]
+    return torch.stack([hashed, kinds, *before], -1)
+
+
+@cache
+def _letters(device: torch.device) -> Tensor:
+    """(256,) int64: 1 for the characters of words."""
+    return torch.from_numpy(_LETTERS).long().to(device)
+
+
+@cache
+def _base_powers(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(length,) int64: the powers of the base from 0 on, and their inverses."""
+    up, down = (
+        np.cumprod(np.array([1] + [base] * (length - 1), dtype=np.uint64)).view(np.int64)
+        for base in (_BASE, pow(_BASE, -1, 1 << 64))
+    )
+    return torch.from_numpy(up).to(device), torch.from_numpy(down).to(device)
+
+
 @torch.no_grad()
-def followers(
-    ids: Tensor,
-    orders: tuple[int, ...],
-    slots: int,
-    state: NgramState | None = None,
-    position: int = 0,
-) -> Tensor:
+def followers(ids: Tensor, contexts: Contexts, state: NgramState | None = None, position: int = 0) -> Tensor:
     """Of texts, or of the characters `position`.. of streams, whose state is brought up to date.
 
-    ids (B, T) int64 -> (B, T, O) int64, what followed the n characters that end with each, or NOTHING.
+    ids (B, T) int64 -> (B, T, O * K) int64, what followed the contexts that end with each, or NOTHING.
     """
     batch, chars = ids.shape
-    device = ids.device
+    device, slots, ranks = ids.device, contexts.slots, contexts.ranks
     if state is None:
         tail = ids.new_zeros(batch, HISTORY)
+        numbers = ids.new_zeros(batch, contexts.word_numbers)
     else:
+        _take_back(state, position)
         tail = state.history[:, torch.arange(position, position + HISTORY, device=device) % HISTORY]
+        numbers = state.about_words()[1] * (position > 0)
     # Contexts 0..T of a row: number j ends before the character ids[:, j].
     text = torch.cat([tail, ids], 1)
+    hashed = [hashes(text, order)[:, HISTORY - 1 :] for order in contexts.orders]
+    if contexts.words:
+        through = _word_numbers(ids, numbers)  # (B, T + 1, V)
+        hashed += _word_hashes(through, contexts.words)
     number = torch.arange(chars + 1, device=device).expand(batch, -1)
     row = torch.arange(batch, device=device)[:, None]
+    here = torch.arange(batch * (chars + 1), device=device)
     found = []
-    for o, order in enumerate(orders):
-        places, tags = _places(hashes(text, order)[:, HISTORY - 1 :], slots)  # (B, T + 1)
-        whole = position + number >= order
-        entries = torch.nn.functional.pad(tags[:, :chars] << 8 | ids, (0, 1)).flatten()
+    for o, least in enumerate(contexts.least):
+        places, tags = _places(hashed[o], slots)  # (B, T + 1)
+        whole = position + number >= least
         keys = torch.where(whole, places + slots * row, slots * batch).flatten()
-        keys, at = keys.sort(stable=True)  # of each place the contexts in their order
-        repeats = keys[1:] == keys[:-1]
-        latest = torch.full_like(at, -1).scatter_(0, at[1:], torch.where(repeats, at[:-1], -1))
-        if state is None:
-            held = torch.zeros_like(latest)
-        else:
-            held = state.entries[:, o].gather(1, places).flatten().long()
-        entry = torch.where(latest < 0, held, entries[latest.clamp(min=0)]).view(batch, -1)
-        known = (entry >> 8 == tags) & whole
-        found.append(torch.where(known, entry & 255, NOTHING)[:, 1:])
+        keys, at = keys.sort(stable=True)  # of each slot the contexts in their order
+        tag, followed = tags.flatten()[at], torch.nn.functional.pad(ids, (0, 1)).flatten()[at]
+        meets = torch.nn.functional.pad(keys[1:] != keys[:-1], (1, 0), value=True)
+        other = meets | torch.nn.functional.pad(tag[1:] != tag[:-1], (1, 0), value=True)
+        first = torch.where(other, here, 0).cummax(0).values  # where the same context began to stand
+        earlier = here - first
+        held = torch.zeros_like(keys)
+        if state is not None:
+            held = state.entries[:, o].flatten()[keys.clamp(max=slots * batch - 1)].long()
+            held = torch.where(meets[first], held, 0)  # the first of a slot goes on from what it held
+        told = [
+            torch.where(rank < earlier, followed[(here - 1 - rank).clamp(min=0)], older)
+            for rank, older in enumerate(_ranks(held, tag, -earlier, ranks))
+        ]
+        known = torch.full((len(at), ranks), NOTHING, device=device)
+        known[at] = torch.stack(told, 1)
+        found.append(torch.where(whole[..., None], known.view(batch, -1, ranks), NOTHING)[:, 1:])
         if state is not None:
             # The last context of a row has no follower yet.
             open_ended = number.flatten()[at] == chars
-            last = torch.nn.functional.pad(~repeats | open_ended[1:], (0, 1), value=True)
+            last = torch.nn.functional.pad(meets[1:] | open_ended[1:], (0, 1), value=True)
             writes = last & ~open_ended & (keys < slots * batch)
-            kept, key = entries[at[writes]].to(torch.int32), keys[writes]
-            state.entries[key // slots, o, key % slots] = kept
+            entry = tag << 8 | followed
+            for rank, follower in enumerate(told[: ranks - 1]):
+                entry = entry | torch.where(follower == NOTHING, 0, follower + 1) << _OLDER + 9 * rank
+            key = keys[writes]
+            state.entries[key // slots, o, key % slots] = entry[writes].to(state.entries.dtype)
     if state is not None:
         kept_chars = min(chars, HISTORY)
         where = torch.arange(position + chars - kept_chars, position + chars, device=device) % HISTORY
         state.history[:, where] = ids[:, chars - kept_chars :]
-    return torch.stack(found, -1)
+        if state.undo.shape[1]:  # what is read is not repeated
+            state.undo.zero_()
+            state.undo[:, 0] = -1
+            if contexts.words:
+                state.about_words()[1].copy_(through[:, -1])
+    return torch.cat(found, -1)
+
+
+def _take_back(state: NgramState, position: int) -> None:
+    """Undo the last step of the streams whose last step was at `position`."""
+    if not state.undo.shape[1]:
+        return
+    again = state.undo[:, 0] == position
+    before, after = state.about_words()
+    numbers = torch.where(again[:, None], before, after)
+    positions = torch.full_like(state.undo[:, 0], position)
+    places, _, whole = _at(_before(state, positions), numbers * (position > 0), state, positions)
+    held = state.entries.gather(2, places[..., None])
+    kept = state.replaced()[..., None].to(held.dtype)
+    state.entries.scatter_(2, places[..., None], torch.where((again[:, None] & whole)[..., None], kept, held))
+    after.copy_(numbers)
+
+
+def _before(state: NgramState, positions: Tensor) -> Tensor:
+    """(B, R - 1): the characters before each position, the latest first."""
+    back = on_device(state.contexts, positions.device)[2]
+    return state.history.gather(1, (positions[:, None] - 1 - back) % HISTORY)
+
+
+def _at(latest: Tensor, numbers: Tensor, state: NgramState, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """latest (B, R or less) characters, the latest first, numbers about words, and how many characters were
+    read in all (B,) -> slots, tags and whether it is whole, of each context that ends there (B, O)."""
+    factors, least, _ = on_device(state.contexts, latest.device)
+    hashed = (latest[:, None] * factors[:, : latest.shape[1]]).sum(2)
+    if state.contexts.words:
+        hashed = torch.cat([hashed, torch.stack(_word_hashes(numbers, state.contexts.words), 1)], 1)
+    return *_places(hashed, state.contexts.slots), count[:, None] >= least
 
 
 @cache
-def on_device(orders: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
-    """Factors (O, R), orders (O,) and 0 .. R - 2."""
-    factors = torch.tensor([powers(order) for order in orders], device=device)
-    return factors, torch.tensor(orders, device=device), torch.arange(HISTORY - 1, device=device)
+def on_device(contexts: Contexts, device: torch.device) -> tuple[Tensor, ...]:
+    """Factors of the n-grams (n of them, R), what each context has at least (O,) and 0 .. R - 2."""
+    factors = torch.tensor([powers(order) for order in contexts.orders], device=device, dtype=torch.int64)
+    least = torch.tensor(contexts.least, device=device)
+    return factors.view(-1, HISTORY), least, torch.arange(HISTORY - 1, device=device)
 
 
 @torch.no_grad()
 def step(ids: Tensor, positions: Tensor, state: NgramState) -> Tensor:
-    """One character of each stream, which may stand apart: ids and positions (B,) int64 -> (B, O) int64.
+    """One character of each stream, which may stand apart: ids and positions (B,) int64 -> (B, O * K) int64.
 
     A step that is repeated at its position, with another character too, replaces the one before.
     """
-    history, entries = state.history, state.entries
-    device, slots = ids.device, entries.shape[-1]
-    factors, orders, back = on_device(state.orders, device)
-    before = history.gather(1, (positions[:, None] - 1 - back) % HISTORY)  # the latest first
-    places, tags = _places((before[:, None] * factors[:, :-1]).sum(2), slots)  # (B, O)
-    places = places[..., None]
-    held = entries.gather(2, places)
-    followed = (tags << 8 | ids[:, None])[..., None].to(torch.int32)
-    whole = (positions[:, None] >= orders)[..., None]
-    entries.scatter_(2, places, torch.where(whole, followed, held))
-    history.scatter_(1, (positions % HISTORY)[:, None], ids[:, None])
-    now = torch.cat([ids[:, None], before], 1)
-    places, tags = _places((now[:, None] * factors).sum(2), slots)
+    contexts, entries = state.contexts, state.entries
+    latest = _before(state, positions)
+    before, after = state.about_words()
+    numbers = after
+    if state.undo.shape[1]:
+        again = (state.undo[:, 0] == positions)[:, None]
+        numbers = torch.where(again, before, after) * (positions > 0)[:, None]
+    places, tags, whole = _at(latest, numbers, state, positions)
+    held = entries.gather(2, places[..., None])[..., 0].long()
+    if state.undo.shape[1]:
+        held = torch.where(again, state.replaced(), held)
+        state.undo[:, 0] = positions
+        state.replaced().copy_(held)
+        before.copy_(numbers)
+        if contexts.words:
+            numbers = _next_word_numbers(ids, numbers)
+            after.copy_(numbers)
+    entry = torch.where(whole, _pushed(held, tags, ids[:, None], contexts.ranks), held)
+    entries.scatter_(2, places[..., None], entry[..., None].to(entries.dtype))
+    state.history.scatter_(1, (positions % HISTORY)[:, None], ids[:, None])
+    places, tags, whole = _at(torch.cat([ids[:, None], latest], 1), numbers, state, positions + 1)
     entry = entries.gather(2, places[..., None])[..., 0].long()
-    known = (entry >> 8 == tags) & (positions[:, None] + 1 >= orders)
-    return torch.where(known, entry & 255, NOTHING)
+    told = torch.stack(_ranks(entry, tags, 0, contexts.ranks), -1)
+    return torch.where(whole[..., None], told, NOTHING).flatten(1)
 
 
 @cache
-def _numbers(orders: tuple[int, ...]) -> tuple[npt.NDArray[Any], ...]:
-    """Factors (O, R), orders (O,) and their numbers."""
-    return np.array([powers(order) for order in orders]), np.array(orders), np.arange(len(orders))
+def _numbers(contexts: Contexts) -> tuple[npt.NDArray[Any], ...]:
+    """Factors (n of them, R), what contexts have at least (O,), their numbers and the bits of older ranks."""
+    factors = np.array([powers(order) for order in contexts.orders], dtype=np.int64).reshape(-1, HISTORY)
+    shifts = _OLDER + 9 * np.arange(contexts.ranks - 1)
+    return factors, np.array(contexts.least), np.arange(len(contexts)), shifts
 
 
 _BACK = np.arange(HISTORY - 1)
@@ -209,19 +416,56 @@ _BACK = np.arange(HISTORY - 1)
 def step_numpy(
     character: int,
     position: int,
-    orders: tuple[int, ...],
+    contexts: Contexts,
     history: npt.NDArray[Any],
     entries: npt.NDArray[Any],
+    undo: npt.NDArray[Any],
 ) -> npt.NDArray[Any]:
-    """`step` of one stream: history (R,), entries (O, S) -> (O,) int64."""
-    slots = entries.shape[1]
-    factors, lengths, every = _numbers(orders)
+    """`step` of one stream: history (R,), entries (O, S), undo (Y,) -> (O * K,) int64."""
+    factors, least, every, shifts = _numbers(contexts)
+    size = contexts.word_numbers
+    again = len(undo) and undo[0] == position
+    numbers = undo[1 : 1 + size].copy() if again else undo[1 + size : 1 + 2 * size] * (position > 0)
+
+    def at(latest: npt.NDArray[Any]) -> tuple[Any, Any]:
+        hashed = (factors[:, : len(latest)] * latest).sum(1)
+        if contexts.words:
+            hashed = np.concatenate([hashed, *_word_hashes(numbers[None], contexts.words)])
+        return _places(hashed, contexts.slots)
+
     before = history[(position - 1 - _BACK) % HISTORY]
-    places, tags = _places((factors[:, :-1] * before).sum(1), slots)
-    whole = lengths <= position
-    entries[every[whole], places[whole]] = (tags << 8 | character)[whole]
+    places, tags = at(before)
+    held = entries[every, places].astype(np.int64)
+    if len(undo):
+        held = undo[1 + 2 * size :].copy() if again else held
+        undo[0] = position
+        undo[1 : 1 + size] = numbers
+        undo[1 + 2 * size :] = held
+        if contexts.words:
+            numbers = _next_word_numbers_numpy(character, numbers)
+            undo[1 + size : 1 + 2 * size] = numbers
+    entry = np.where(least <= position, _pushed(held, tags, character, contexts.ranks), held)
+    entries[every, places] = entry
     history[position % HISTORY] = character
-    now = np.concatenate([[character], before])
-    places, tags = _places((factors * now).sum(1), slots)
+    places, tags = at(np.concatenate([[character], before]))
     entry = entries[every, places].astype(np.int64)
-    return np.where((entry >> 8 == tags) & (lengths <= position + 1), entry & 255, NOTHING)
+    entry *= (entry >> 8 & _TAGS == tags) & (least <= position + 1)
+    latest = np.where(entry == 0, NOTHING, entry & 255)
+    if contexts.ranks == 1:
+        return latest
+    older = (entry[:, None] >> shifts & 511) - 1
+    return np.concatenate([latest[:, None], np.where(older < 0, NOTHING, older)], 1).ravel()
+
+
+def _next_word_numbers_numpy(character: int, numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    kind = int(_LETTERS[character])
+    found = numbers.copy()
+    if numbers[1] == kind:
+        found[:1] *= BASE
+    else:
+        found[0] = 0
+        if numbers[1]:
+            found[3:], found[2:3] = numbers[2:-1], numbers[0]
+    found[0] += character + 1
+    found[1] = kind
+    return found

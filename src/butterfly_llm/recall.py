@@ -253,7 +253,7 @@ def _right(model: Butterfly, window: Bytes, answers: Sequence[Answer], lookup: b
     targets = torch.tensor([[a.start + i for i in range(a.chars)] for a in answers], device=device)
 
     def followers(ids: torch.Tensor) -> torch.Tensor:
-        found = ngrams.followers(ids, model.config.ngram_orders, model.config.ngram_slots)
+        found = ngrams.followers(ids, ngrams.Contexts.of(model.config))
         found[:, targets - 1] = ngrams.NOTHING
         return found
 

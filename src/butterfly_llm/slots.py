@@ -106,6 +106,7 @@ class Slots(Separate):
         )
         if cache.ngrams is not None:
             cache.ngrams.entries.zero_()
+            cache.ngrams.undo.zero_()
         if base is not None:
             cache.position = base.position
             for (_, own), (_, other) in zip(cache.filled(), base.filled(), strict=False):  # logits come last

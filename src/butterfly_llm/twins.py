@@ -58,17 +58,18 @@ def twin_config(name: str, config: ButterflyConfig) -> ButterflyConfig:
     if name == "butterfly":
         return config
     told = name.endswith(_TOLD)
-    if told and not config.ngram_orders:
-        raise ValueError(f"no twin {name}: the model has no ngram_orders")
+    if told and not config.num_contexts:
+        raise ValueError(f"no twin {name}: the model has no ngram_orders and no ngram_words")
     with torch.device("meta"):
         target = Butterfly(config).num_parameters()
     # No butterfly layers and no carry: strides and passes mean nothing to a twin.
     plain = dataclasses.replace(
         config, num_local_layers=config.num_layers, num_passes=0, num_extra_levels=0, num_long_passes=0,
         num_long_levels=0, num_refine_layers=0, local_chunks=0, local_every=1, carry_size=0,
-        routing="shift", ngram_orders=config.ngram_orders if told else (),
-        rope_theta=ROPE_THETA if name.startswith("full") else config.rope_theta,
+        routing="shift", rope_theta=ROPE_THETA if name.startswith("full") else config.rope_theta,
     )  # fmt: skip
+    if not told:
+        plain = dataclasses.replace(plain, ngram_orders=(), ngram_words=0, ngram_ranks=1)
 
     def count(width: int) -> int:
         with torch.device("meta"):
@@ -157,7 +158,7 @@ class FullAttention(Twin):
     @torch.no_grad()
     def write(self, ids: Tensor, position: int, cache: WholeCache) -> Tensor:
         """The characters ids (B,) at `position`, all before it in the cache -> logits (B, 256) float32."""
-        if self.config.ngram_orders:
+        if self.config.num_contexts:
             raise ValueError("this twin writes without n-grams only: it keeps no table of them")
         config, x = self.config, self._embed(ids)
         angles = self._angles_from(position, 1, ids.device)

@@ -12,6 +12,11 @@ from butterfly_llm.config import ButterflyConfig
 from butterfly_llm.memory import pick_device
 from butterfly_llm.model import Butterfly
 
+_OF_THE_PRESET = (
+    "levels", "kv_heads", "carry_heads", "local_chunks", "local_every", "ngram_orders", "ngram_words",
+    "ngram_ranks", "sizes",
+)  # fmt: skip
+
 
 def add_preset_options(parser: argparse.ArgumentParser, preset: str | None) -> None:
     """preset: the default; None where a trained model is measured unless one is named."""
@@ -30,6 +35,14 @@ def add_preset_options(parser: argparse.ArgumentParser, preset: str | None) -> N
     parser.add_argument(
         "--ngram-orders", type=int, nargs="*", help="of the preset: numbers n whose n-grams it is told of"
     )
+    parser.add_argument(
+        "--ngram-words", type=int, help="of the preset: inputs of the token so far, behind none, one .. words"
+    )
+    parser.add_argument("--ngram-ranks", type=int, help="of the preset: followers told of each of these")
+    parser.add_argument(
+        "--sizes", nargs="+", metavar="FIELD=NUMBER",
+        help="of the preset: other fields, as hidden_size=256",
+    )  # fmt: skip
 
 
 def config_of(options: argparse.Namespace) -> ButterflyConfig:
@@ -40,9 +53,17 @@ def config_of(options: argparse.Namespace) -> ButterflyConfig:
         "local_chunks": options.local_chunks,
         "local_every": options.local_every,
         "ngram_orders": options.ngram_orders,
-    }  # fmt: skip
+        "ngram_words": options.ngram_words,
+        "ngram_ranks": options.ngram_ranks,
+    }
     changes = {name: value for name, value in wanted.items() if value is not None}
-    config = ButterflyConfig.preset(options.preset, **changes)
+    for size in options.sizes or ():
+        name, _, number = size.partition("=")
+        if not number.isdecimal():
+            raise ValueError(f"--sizes {size}: give a field of the model and a number, as hidden_size=256")
+        changes[name] = int(number)
+    preset = ButterflyConfig.preset(options.preset)
+    config = ButterflyConfig.from_dict(preset.to_dict() | changes)
     return config if options.levels is None else config.with_levels(options.levels)
 
 
@@ -59,7 +80,7 @@ def model_of(options: argparse.Namespace) -> Butterfly:
     """The model that `add_model_options` means, on its device, in bfloat16 on a GPU."""
     device = pick_device(options.device)
     if options.preset is None:
-        for name in ("levels", "kv_heads", "carry_heads", "local_chunks", "local_every", "ngram_orders"):
+        for name in _OF_THE_PRESET:
             if getattr(options, name) is not None:
                 raise ValueError(f"bench {options.bench}: --{name.replace('_', '-')} goes with --preset")
         model = load_pretrained(options.model, device=device)
@@ -92,5 +113,7 @@ def facts(model: Butterfly) -> dict[str, Any]:
         "local_chunks": model.config.local_chunks,
         "local_every": model.config.local_every,
         "ngram_orders": list(model.config.ngram_orders),
+        "ngram_words": model.config.ngram_words,
+        "ngram_ranks": model.config.ngram_ranks,
         "dtype": str(model.compute_dtype).removeprefix("torch."),
     }

@@ -203,7 +203,7 @@ def step(
 ) -> Array:
     """Append a character to each of B streams -> logits (B, 256). The rings are updated in place.
 
-    followers: of each stream (O,), as `ngrams.step_numpy`, for a model with n-grams.
+    followers: of each stream (F,), as `ngrams.step_numpy`, for a model with n-grams.
 
     shares: a list for each stream, which gets for each layer the part of the attention, mean of the heads,
     that goes to the own chunk; the rest goes to the partner and local chunks.
