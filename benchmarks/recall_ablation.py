@@ -302,7 +302,8 @@ def compare(options: argparse.Namespace) -> None:
             "small", hidden_size=options.width, num_heads=options.width // 64,
             num_kv_heads=options.width // 64, intermediate_size=4 * options.width,
             carry_size=options.width // 4,
-            num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2, ngram_orders=(),
+            num_local_layers=2, num_passes=2, num_levels=levels, num_refine_layers=2,
+            ngram_orders=(), ngram_words=0, ngram_ranks=1,
         )  # fmt: skip
         special = ("twin", "strides", "attends", "taps", "looks")
         own = {key: model_changes[key] for key in model_changes if key not in special}

@@ -1,5 +1,6 @@
 """Benchmarks: a table and one JSON object, by the command and by the module, options refused in one line."""
 
+import argparse
 import json
 import math
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from butterfly_llm.bench import BENCHES
-from butterfly_llm.bench.models import chunks_read
+from butterfly_llm.bench.models import add_preset_options, chunks_read, config_of
 from butterfly_llm.bench.train import step_operations
 from butterfly_llm.checkpoint import load_pretrained, save_model
 from butterfly_llm.cli import main
@@ -184,7 +185,15 @@ def test_ops_without_a_gpu_is_one_line(run):
         ("decode --carry-heads 4", "bench decode: --carry-heads goes with --preset"),
         ("decode --local-every 2", "bench decode: --local-every goes with --preset"),
         ("prefill --ngram-orders 3", "bench prefill: --ngram-orders goes with --preset"),
+        ("prefill --ngram-words 3", "bench prefill: --ngram-words goes with --preset"),
+        ("decode --sizes hidden_size=32", "bench decode: --sizes goes with --preset"),
         ("decode --preset micro --ngram-orders 3 2", "ngram_orders must be rising whole numbers"),
+        ("decode --preset micro --ngram-ranks 2", "ngram_ranks 2 must be at most 4, 1 without ngram_orders"),
+        (
+            "decode --preset micro --sizes hidden_size",
+            "--sizes hidden_size: give a field of the model and a number",
+        ),
+        ("decode --preset micro --sizes hidden=3", "unknown field 'hidden' (did you mean 'hidden_size'?)"),
         ("train --carry-heads 5", "config: carry_heads 5 must divide carry_size 64"),
         ("prefill --limit-gb 24", "--limit-gb needs --device cuda"),
         ("decode --contexts 0", "--contexts, --streams and --steps must be at least 1"),
@@ -207,6 +216,24 @@ def test_bad_options_are_one_line_and_exit_code_2(run, arguments, message):
     assert (code, out) == (2, "")
     assert err.startswith("butterfly: error: ") and err.count("\n") == 1, err
     assert "".join(message.split()) in "".join(err.split())  # long lists of choices are wrapped
+
+
+def test_options_of_a_preset_change_its_fields():
+    parser = argparse.ArgumentParser()
+    add_preset_options(parser, "small")
+    told = "--ngram-orders 2 5 --ngram-words 2 --ngram-ranks 3 --local-chunks 1"
+    options = parser.parse_args(f"{told} --sizes hidden_size=128 num_passes=2 --levels 7".split())
+    plain = ButterflyConfig.preset(
+        "small",
+        ngram_orders=(2, 5),
+        ngram_words=2,
+        ngram_ranks=3,
+        local_chunks=1,
+        hidden_size=128,
+        num_passes=2,
+    )
+    assert config_of(options) == plain.with_levels(7)
+    assert config_of(parser.parse_args([])) == ButterflyConfig.preset("small")
 
 
 def test_help_of_each_benchmark_shows_its_options(run):

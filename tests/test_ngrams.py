@@ -197,6 +197,10 @@ def test_the_first_characters_are_no_contexts(kind: str) -> None:
         state.history.zero_()
         state.undo.zero_()
         assert torch.equal(read(zeros, state), expected)
+        read(torch.full((1, 5), 97), state)
+        state.entries.zero_()
+        text = torch.tensor([list(b"aba ab aba ab aba")])
+        assert torch.equal(read(text, state), told(text[0].tolist(), contexts)[None])
 
 
 def followers_of(ids: Tensor, state: NgramState) -> Tensor:
@@ -318,6 +322,22 @@ def test_words_are_found_whatever_stands_between() -> None:
         torch.tensor([list(b"total = sum(x)\n\tother, sum")]), Contexts((), words=2, slots=MANY)
     )
     assert other[0, -1].tolist() == [ord("("), NOTHING]
+
+
+@steps
+def test_what_is_no_character_in_a_damaged_state_is_nothing(step: str) -> None:
+    """Nine bits of an older follower can be more than a character's, as in a file from elsewhere."""
+    contexts = Contexts((1,), ranks=3, slots=FEW)
+    state = fresh(1, contexts, PLACES[step])
+    followers_of(torch.tensor([list(b"abacab")]).to(PLACES[step]), state)
+    known = walk(step, torch.tensor([[97]]), torch.tensor([6]), NgramState(contexts, *map(torch.clone, (
+        state.history, state.entries, state.undo
+    ))))  # fmt: skip
+    assert known.tolist() == [[[98, 99, 98]]]
+    state.entries |= 511 << 31
+    assert walk(step, torch.tensor([[97]]), torch.tensor([6]), state).tolist() == [[[98, NOTHING, 98]]]
+    found = followers(torch.tensor([[97]]).to(PLACES[step]), contexts, state, 6)
+    assert found.tolist() == [[[98, NOTHING, 98]]]
 
 
 @kinds

@@ -168,6 +168,18 @@ def test_twins_warm_up_over_a_share_of_the_run(monkeypatch: pytest.MonkeyPatch, 
     assert max(rates) == rates[10] < 4e-3 and rates[-1] < 6e-4  # it falls from 0.4 of the run on
 
 
+def test_twins_curve_has_means_of_the_steps_between(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+    curves = []
+    for points in (100, 4):
+        peers.prepare("window", MICRO.to_dict(), "cpu", False, False, 0)
+        monkeypatch.setattr(twins, "_CURVE", points)
+        curves.append(train_window(corpus, "--chars 5120", 0.5)["curve"])
+    every, few = curves
+    assert [chars for chars, _, _ in few] == [1280, 2560, 3840, 5120]
+    means = [sum(bits for _, _, bits in every[i : i + 5]) / 5 for i in range(0, 20, 5)]
+    assert [bits for _, _, bits in few] == pytest.approx(means, abs=1e-4)
+
+
 def test_twins_windows_grow_until_half_of_the_run(monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
     peers.prepare("window", MICRO.to_dict(), "cpu", False, False, 0)
     seen: list[tuple[int, ...]] = []

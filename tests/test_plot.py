@@ -302,6 +302,24 @@ def test_twins_figure_tells_learning_rates_apart(tmp_path, labels):
     assert {"full attention, rate 0.002: 1.500", "full attention, rate 0.004: 1.500"} <= set(labels)
 
 
+def test_twins_figure_tells_sizes_and_words_apart(tmp_path, labels):
+    files = [tmp_path / f"{millions}.json" for millions in (17, 45, 46)]
+    for file in files:
+        row = {
+            "twin": "butterfly",
+            "curve": [[1000, 1, 5]],
+            "bits_per_char": 1.5,
+            "parameters": int(file.stem) * 10**6,
+        }
+        file.write_text(json.dumps({"rows": [row], "ngram_words": 3 * (file.stem == "17")}))
+    plot_twins(files, tmp_path / "twins.svg")
+    assert {"butterfly, words, 17M: 1.500", "butterfly, 45M: 1.500"} <= set(labels)
+    labels.clear()
+    plot_twins(files[1:], tmp_path / "twins.svg")
+    assert labels.count("butterfly: 1.500") >= 2
+    assert not any("45M" in label for label in labels)
+
+
 def test_twins_figure_shows_the_worst_as_well(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 

@@ -197,6 +197,7 @@ def test_variants_are_trained_and_asked(
     monkeypatch.setattr(ablation, "train", train)
     ablation.main()
     assert {route.stride for route in trained[0].routes} == {1} and type(trained[1]) is FullAttention
+    assert all(model.config.num_contexts == 0 for model in trained)  # what a variant does not ask for
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [row["variant"] for row in rows] == ["previous", "full attention"]
     assert rows[0]["chars_per_second"] > 0 and rows[1]["chars_per_second"] is None  # nothing was logged

@@ -126,9 +126,11 @@ def test_the_step_in_one_launch_waits_in_instructions_of_the_card(
     assert ("cp.async.bulk.prefetch.L2" in ptx) == (capability == 90)
 
 
-@pytest.mark.parametrize(("words", "ranks"), [(0, 1), (3, 3)])
+@pytest.mark.parametrize(("orders", "words", "ranks"), [(7, 0, 1), (7, 3, 3), (0, 1, 1)])
 @pytest.mark.parametrize("capability", [75, 90, 120])
-def test_the_lookup_of_ngrams_compiles_with_whole_hashes(capability: int, words: int, ranks: int) -> None:
+def test_the_lookup_of_ngrams_compiles_with_whole_hashes(
+    capability: int, orders: int, words: int, ranks: int
+) -> None:
     """Hashes are 64 bits wide: their product is, and no order of the loads and stores is left to chance."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -137,7 +139,7 @@ def test_the_lookup_of_ngrams_compiles_with_whole_hashes(capability: int, words:
     from butterfly_llm.ops.triton_ngrams_kernel import ngram_kernel
 
     constants = {
-        "WIDTH": 256, "ORDERS": 7, "WORDS": words, "RANKS": ranks, "SLOTS": 2**21, "R": ngrams.HISTORY,
+        "WIDTH": 256, "ORDERS": orders, "WORDS": words, "RANKS": ranks, "SLOTS": 2**21, "R": ngrams.HISTORY,
         "MIX": ngrams.MIX, "BASE": ngrams.BASE, "BLOCK": 256,
     }  # fmt: skip
     kinds = {"entries_ptr": "*i32" if ranks == 1 else "*i64"} | dict.fromkeys(

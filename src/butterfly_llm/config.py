@@ -254,20 +254,20 @@ _MAY_BE_ZERO = frozenset({
     "num_refine_layers", "local_chunks", "carry_size", "carry_heads", "ngram_words",
 })  # fmt: skip
 
-_NGRAMS = (3, 4, 6, 8, 12, 16, 24)
+_TOLD: dict[str, Any] = {"ngram_orders": (3, 4, 6, 8, 12, 16, 24), "ngram_words": 3, "ngram_ranks": 3}
 PRESETS: dict[str, ButterflyConfig] = {
     # 53 layers, about 375M parameters and the carry
     "full": ButterflyConfig(
         hidden_size=768, num_heads=12, num_kv_heads=12, intermediate_size=3072, carry_size=192, carry_heads=4,
-        ngram_orders=_NGRAMS,
+        **_TOLD,
     ),
-    # 53 layers, the one that ships trained
-    "small": ButterflyConfig(carry_heads=4, ngram_orders=_NGRAMS),
+    # 53 layers; the one that ships trained is told of n-grams alone, one rank of them
+    "small": ButterflyConfig(carry_heads=4, **_TOLD),
     # 11 layers, reaches 16k characters: minutes of training on a laptop
     "tiny": ButterflyConfig(
         hidden_size=128, num_heads=4, num_kv_heads=4, head_dim=32, intermediate_size=512, carry_size=32,
         carry_heads=4, num_local_layers=2, num_passes=1, num_levels=7, num_refine_layers=2,
-        ngram_orders=_NGRAMS, ngram_slots=2**18,
+        ngram_slots=2**18, **_TOLD,
     ),
     # 8 layers on chunks of 16, for tests
     "micro": ButterflyConfig(

@@ -31,7 +31,7 @@ def unfused(config: ButterflyConfig) -> str | None:
 
 
 def embedded(ids: Tensor, positions: Tensor, cache: Cache, embed: Tensor, ngram: Tensor | None) -> Tensor:
-    """ids and positions (B,) int64, tables (256, d) and (O * 257, d) -> (B, d), before the norm.
+    """ids and positions (B,) int64, tables (256, d) and (O * K * 257, d) -> (B, d), before the norm.
 
     What followed is looked up, and brought up to date in the cache.
     """

@@ -163,24 +163,22 @@ def _places(hashed: Any, slots: int) -> tuple[Any, Any]:
     return (mixed >> 42) & (slots - 1), tags
 
 
+def _chain(entries: Any, tags: Any) -> Any:
+    """What followed contexts with such tags, of their entries, int64, tensors or arrays: nine bits each, the
+    latest lowest, the character and one, or zero for nothing; all zero where another context is held."""
+    held = entries * (entries >> 8 & _TAGS == tags)
+    return held >> _OLDER << 9 | (held & 255) + (held != 0)
+
+
+def _characters(told: Tensor) -> Tensor:
+    """Of nine bits as in a chain; a state from a damaged file may hold some that are no character's."""
+    return torch.where((told == 0) | (told > NOTHING), NOTHING, told - 1)
+
+
 def _pushed(entries: Any, tags: Any, characters: Any, ranks: int) -> Any:
     """Entries, int64, after a context with such tags was followed by such characters."""
     kept = (1 << 9 * (ranks - 1)) - 1
-    older = ((entries >> _OLDER) << 9 | (entries & 255) + 1) & kept
-    return (older * (entries >> 8 & _TAGS == tags)) << _OLDER | tags << 8 | characters
-
-
-def _ranks(entries: Tensor, tags: Tensor, first: Tensor | int, ranks: int) -> list[Tensor]:
-    """What followed, the latest first: of entries, int64, that are of contexts with such tags, beginning with
-    rank `first` of an entry; NOTHING where there are fewer, and where another context is held."""
-    held = torch.where(entries >> 8 & _TAGS == tags, entries, 0)
-    told = []
-    for rank in range(ranks):
-        at = torch.as_tensor(first + rank, device=held.device)
-        older = (held >> (_OLDER + 9 * (at - 1)).clamp(0, 62) & 511) - 1
-        follower = torch.where(at == 0, held & 255, older)
-        told.append(torch.where((held == 0) | (follower < 0), NOTHING, follower))
-    return told
+    return (_chain(entries, tags) & kept) << _OLDER | tags << 8 | characters
 
 
 def hashes(text: Tensor, order: int) -> Tensor:
@@ -300,23 +298,29 @@ def followers(ids: Tensor, contexts: Contexts, state: NgramState | None = None, 
         earlier = here - first
         held = torch.zeros_like(keys)
         if state is not None:
-            held = state.entries[:, o].flatten()[keys.clamp(max=slots * batch - 1)].long()
+            key = keys.clamp(max=slots * batch - 1)
+            held = state.entries[key // slots, o, key % slots].long()
             held = torch.where(meets[first], held, 0)  # the first of a slot goes on from what it held
-        told = [
-            torch.where(rank < earlier, followed[(here - 1 - rank).clamp(min=0)], older)
-            for rank, older in enumerate(_ranks(held, tag, -earlier, ranks))
+        chain = _chain(held, tag)
+        told = [  # the character and one, or zero
+            torch.where(
+                rank < earlier,
+                followed[(here - 1 - rank).clamp(min=0)] + 1,
+                chain >> (9 * (rank - earlier)).clamp(min=0) & 511,
+            )
+            for rank in range(ranks)
         ]
-        known = torch.full((len(at), ranks), NOTHING, device=device)
+        known = torch.empty(len(at), ranks, dtype=torch.int64, device=device)
         known[at] = torch.stack(told, 1)
-        found.append(torch.where(whole[..., None], known.view(batch, -1, ranks), NOTHING)[:, 1:])
+        found.append(_characters(known.view(batch, -1, ranks) * whole[..., None])[:, 1:])
         if state is not None:
             # The last context of a row has no follower yet.
             open_ended = number.flatten()[at] == chars
             last = torch.nn.functional.pad(meets[1:] | open_ended[1:], (0, 1), value=True)
             writes = last & ~open_ended & (keys < slots * batch)
             entry = tag << 8 | followed
-            for rank, follower in enumerate(told[: ranks - 1]):
-                entry = entry | torch.where(follower == NOTHING, 0, follower + 1) << _OLDER + 9 * rank
+            for rank, older in enumerate(told[: ranks - 1]):
+                entry = entry | older << _OLDER + 9 * rank
             key = keys[writes]
             state.entries[key // slots, o, key % slots] = entry[writes].to(state.entries.dtype)
     if state is not None:
@@ -397,17 +401,17 @@ def step(ids: Tensor, positions: Tensor, state: NgramState) -> Tensor:
     entries.scatter_(2, places[..., None], entry[..., None].to(entries.dtype))
     state.history.scatter_(1, (positions % HISTORY)[:, None], ids[:, None])
     places, tags, whole = _at(torch.cat([ids[:, None], latest], 1), numbers, state, positions + 1)
-    entry = entries.gather(2, places[..., None])[..., 0].long()
-    told = torch.stack(_ranks(entry, tags, 0, contexts.ranks), -1)
-    return torch.where(whole[..., None], told, NOTHING).flatten(1)
+    chain = _chain(entries.gather(2, places[..., None])[..., 0].long(), tags) * whole
+    return _characters(chain[..., None] >> 9 * torch.arange(contexts.ranks, device=ids.device) & 511).flatten(
+        1
+    )
 
 
 @cache
 def _numbers(contexts: Contexts) -> tuple[npt.NDArray[Any], ...]:
-    """Factors (n of them, R), what contexts have at least (O,), their numbers and the bits of older ranks."""
+    """Factors (n of them, R), what contexts have at least (O,), their numbers and the bits of each rank."""
     factors = np.array([powers(order) for order in contexts.orders], dtype=np.int64).reshape(-1, HISTORY)
-    shifts = _OLDER + 9 * np.arange(contexts.ranks - 1)
-    return factors, np.array(contexts.least), np.arange(len(contexts)), shifts
+    return factors, np.array(contexts.least), np.arange(len(contexts)), 9 * np.arange(contexts.ranks)
 
 
 _BACK = np.arange(HISTORY - 1)
@@ -448,13 +452,9 @@ def step_numpy(
     entries[every, places] = entry
     history[position % HISTORY] = character
     places, tags = at(np.concatenate([[character], before]))
-    entry = entries[every, places].astype(np.int64)
-    entry *= (entry >> 8 & _TAGS == tags) & (least <= position + 1)
-    latest = np.where(entry == 0, NOTHING, entry & 255)
-    if contexts.ranks == 1:
-        return latest
-    older = (entry[:, None] >> shifts & 511) - 1
-    return np.concatenate([latest[:, None], np.where(older < 0, NOTHING, older)], 1).ravel()
+    chain = _chain(entries[every, places].astype(np.int64), tags) * (least <= position + 1)
+    told = (chain[:, None] >> shifts & 511).ravel()
+    return np.where((told == 0) | (told > NOTHING), NOTHING, told - 1)
 
 
 def _next_word_numbers_numpy(character: int, numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:

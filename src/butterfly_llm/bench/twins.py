@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ from butterfly_llm.twins import PLAIN, TWINS, Twin
 
 MODULE = "butterfly_llm.bench.twins"
 _LOGITS_SLICE = 16_384  # rows whose log-probabilities are made at once
-_CURVE = 100  # points of the training curve that are kept
+_CURVE = 100  # points of the training curve that are kept, each the mean of the steps since the one before
 
 prepare = peers.prepare
 
@@ -101,7 +102,7 @@ def train_twin(
     subject.forget()
     if folder is not None and not isinstance(model, Twin):
         save_model(model, folder, dtype="int8", extra={"step": step, "chars": step * config.batch_chars})
-    last = [bits for _, bits in curve[-max(1, step // 20) :]]
+    bits = [loss for _, loss in curve]
     every = max(1, step // _CURVE)
     return row | {
         "steps": step,
@@ -109,10 +110,10 @@ def train_twin(
         "seconds": round(seconds, 2),
         "chars_per_second": round(step * config.batch_chars / seconds),
         "skipped": skipped,
-        "train_bits_per_char": round(sum(last) / len(last), 4),
+        "train_bits_per_char": round(mean(bits[-max(1, step // 20) :]), 4),
         "curve": [
-            [(i + 1) * config.batch_chars, round(at, 2), round(bits, 4)]
-            for i, (at, bits) in enumerate(curve)
+            [(i + 1) * config.batch_chars, round(at, 2), round(mean(bits[i + 1 - every : i + 1]), 4)]
+            for i, (at, _) in enumerate(curve)
             if (i + 1) % every == 0
         ],
         **held_out(model, val, longest, val_chars, config.micro_windows(longest)),

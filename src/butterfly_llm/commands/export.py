@@ -28,8 +28,8 @@ class Export:
     """Numbers n: what followed the last n characters becomes an input, of no effect until it is trained."""
     ngram_words: int = 0
     """Likewise what followed the token so far, alone and behind one, two .. words: so many inputs."""
-    ngram_ranks: int = 1
-    """Of how many of the latest places: those of before have as many then."""
+    ngram_ranks: int | None = None
+    """How many followers of each n-gram and of each of these are told, the latest ones. None: as before."""
 
     local_chunks: int | None = None
     """Chunks just before its own that every chunk reads too; what it writes changes a little."""
@@ -47,10 +47,11 @@ class Export:
             model = extend_levels(model, self.levels, self.passes)
         elif self.passes is not None:
             raise ValueError("export: --passes says which of them get more levels: give --levels too")
-        if self.ngram_orders or self.ngram_words or self.ngram_ranks != 1:
+        if self.ngram_orders or self.ngram_words or self.ngram_ranks is not None:
             from butterfly_llm.extend import extend_ngrams
 
-            model = extend_ngrams(model, self.ngram_orders, self.ngram_words, self.ngram_ranks)
+            ranks = 1 if self.ngram_ranks is None else self.ngram_ranks
+            model = extend_ngrams(model, self.ngram_orders, self.ngram_words, ranks)
         if self.local_chunks is not None:
             from butterfly_llm.extend import extend_local
 

@@ -45,7 +45,7 @@ def _tell(x, entries_ptr, hashed, whole, ngram_ptr, k,
             follower = tl.where(known, entry & 255, 256)
         else:
             older = (entry >> (31 + 9 * (rank - 1))) & 511
-            follower = tl.where(known & (older > 0), older - 1, 256)
+            follower = tl.where(known & (older > 0) & (older <= 256), older - 1, 256)
         row = ngram_ptr + (rank * 257 + follower) * WIDTH + k
         x += tl.load(row, mask=k < WIDTH, other=0.0).to(tl.float32)
     return x

@@ -62,8 +62,8 @@ def plot_peers(benchmarks: Sequence[str | Path], path: str | Path) -> None:
 def plot_twins(benchmarks: Sequence[str | Path], path: str | Path) -> None:
     """Draw bits per character in training against seconds and against characters, and on held-out text.
 
-    benchmarks: outputs of `butterfly bench twins`; peak learning rates are named where they differ. Raises as
-    `plot_loss` does.
+    benchmarks: outputs of `butterfly bench twins`; peak learning rates are named where they differ, and
+    parameters where they do by a fifth. Raises as `plot_loss` does.
     """
     rows = [row for benchmark in benchmarks for row in _read_twins(Path(benchmark))]
     lines = {colour: iter(("-", "--", ":", "-.") * len(rows)) for colour in _COLOURS.values()}
@@ -71,6 +71,10 @@ def plot_twins(benchmarks: Sequence[str | Path], path: str | Path) -> None:
     if len({row["rate"] for row in rows}) > 1:
         for row in rows:
             row["name"] += f", rate {row['rate']}"
+    sizes = [row.get("parameters", 0) for row in rows]
+    if max(sizes) > 1.2 * min(sizes) > 0:
+        for row in rows:
+            row["name"] += f", {row['parameters'] / 1e6:.0f}M"
     with new_figure(path, width=7.8, height=3.9 + 0.1 * len(rows)) as figure:
         figure.set_layout_engine("constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -79,7 +83,7 @@ def plot_twins(benchmarks: Sequence[str | Path], path: str | Path) -> None:
                 colour, curve = _COLOURS[row["twin"]], row["curve"]
                 at, bits = [point[column] for point in curve], [point[2] for point in curve]
                 name = f"{row['name']}: {row['bits_per_char']:.3f}"
-                axes.plot(at, smooth(bits), style, color=colour, linewidth=1.6, label=name)
+                axes.plot(at, smooth(bits, 12), style, color=colour, linewidth=1.6, label=name)
                 axes.plot(at[-1], row["bits_per_char"], "o", color=colour, markersize=5)
             axes.set_xlabel(f"{label} trained")
             axes.xaxis.set_major_formatter(lambda value, at: engineering(value))
@@ -141,6 +145,8 @@ def _read_twins(path: Path) -> list[dict[str, Any]]:
             row["rate"] = result.get("train", {}).get("learning_rate")
             if row["twin"] == "butterfly" and (local := result.get("local_chunks")):
                 row["name"] += f", {local} local chunks"
+            if row["twin"] == "butterfly" and result.get("ngram_words"):
+                row["name"] += ", words"
             if row["twin"] not in NAMES or not row["curve"] or not row["bits_per_char"] > 0:
                 raise ValueError("a row without twin, curve or bits")
         if not rows:

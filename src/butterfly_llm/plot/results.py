@@ -218,8 +218,8 @@ def _read_metrics(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, 
     return train, validation
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window of about a fiftieth of the run."""
-    half = len(values) // 100
+def smooth(values: Sequence[float], parts: int = 50) -> list[float]:
+    """Mean over a centred window of about one of so many parts of the run."""
+    half = len(values) // (2 * parts)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
