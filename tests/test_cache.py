@@ -217,7 +217,10 @@ def test_scores_of_the_carry_do_not_drown_its_values_in_8_bits() -> None:
 
 
 def test_grouped_heads_and_fewer_bits_shrink_the_state() -> None:
-    shape = {"num_passes": 3, "num_levels": 13, "num_extra_levels": 6, "ngram_orders": ()}
+    shape = {
+        "num_passes": 3, "num_levels": 13, "num_extra_levels": 6,
+        "ngram_orders": (), "ngram_words": 0, "ngram_ranks": 1,
+    }  # fmt: skip
     full = ButterflyConfig.preset("full", **shape)
     grouped = ButterflyConfig.preset("full", **shape, num_kv_heads=3)
     row = 2 * 12 * 64 + 192 + 4  # 192 values and 4 scores of the carry
