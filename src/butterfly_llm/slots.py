@@ -105,8 +105,8 @@ class Slots(Separate):
             None if rings.ngrams is None else rings.ngrams.rows(slice(row, row + 1)),
         )
         if cache.ngrams is not None:
-            cache.ngrams.entries.zero_()
-            cache.ngrams.undo.zero_()
+            for held in cache.ngrams.tensors().values():
+                held.zero_()
         if base is not None:
             cache.position = base.position
             for (_, own), (_, other) in zip(cache.filled(), base.filled(), strict=False):  # logits come last
