@@ -48,7 +48,7 @@ def mixed(hashed: int) -> int:
 
 
 def polynomial(text: bytes, add: int = 0) -> int:
-    return sum((c + add) * ngrams._BASE**i for i, c in enumerate(reversed(text))) % 2**64
+    return sum((c + add) * ngrams.BASE**i for i, c in enumerate(reversed(text))) % 2**64
 
 
 @cache

@@ -35,7 +35,7 @@ HISTORY = MAX_ORDER + 1  # R
 TAG_BITS = 23
 _TAGS = (1 << TAG_BITS) - 1
 _OLDER = 8 + TAG_BITS  # the bit of an entry from which the followers before the latest stand, 9 bits each
-_BASE = 0x5851F42D4C957F2D  # of the polynomial that is a string's hash
+BASE = 0x5851F42D4C957F2D  # of the polynomial that is a string's hash
 MIX = -0x61C8864680B583EB  # an odd number that spreads its bits
 
 
@@ -44,7 +44,6 @@ def _signed(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-BASE = _signed(_BASE)
 # Of a word: letters and digits of ASCII, `_`, and all of Latin-1 beyond ASCII.
 _LETTERS = np.zeros(256, dtype=bool)
 _LETTERS[[*range(48, 58), *range(65, 91), 95, *range(97, 123), *range(128, 256)]] = True
@@ -53,7 +52,7 @@ _LETTERS[[*range(48, 58), *range(65, 91), 95, *range(97, 123), *range(128, 256)]
 @cache
 def powers(order: int) -> tuple[int, ...]:
     """What the last character, the one before it .. of `order` are multiplied by; zeros up to R."""
-    factors = [_signed(pow(_BASE, i, 1 << 64)) for i in range(order)]
+    factors = [_signed(pow(BASE, i, 1 << 64)) for i in range(order)]
     return (*factors, *(0,) * (HISTORY - order))
 
 
@@ -194,13 +193,13 @@ def hashes(text: Tensor, order: int) -> Tensor:
     whole, done = None, 0
     while True:
         if order & length:
-            factor = _signed(pow(_BASE, done, 1 << 64))
+            factor = _signed(pow(BASE, done, 1 << 64))
             whole = part if whole is None else whole + factor * before(part, done)
             done += length
         if done == order:
             assert whole is not None
             return whole
-        part = part + _signed(pow(_BASE, length, 1 << 64)) * before(part, length)
+        part = part + _signed(pow(BASE, length, 1 << 64)) * before(part, length)
         length *= 2
 
 
@@ -256,7 +255,7 @@ def _base_powers(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(length,) int64: the powers of the base from 0 on, and their inverses."""
     up, down = (
         np.cumprod(np.array([1] + [base] * (length - 1), dtype=np.uint64)).view(np.int64)
-        for base in (_BASE, pow(_BASE, -1, 1 << 64))
+        for base in (BASE, pow(BASE, -1, 1 << 64))
     )
     return torch.from_numpy(up).to(device), torch.from_numpy(down).to(device)
 
